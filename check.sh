@@ -1,0 +1,7 @@
+#!/bin/sh -e
+# Format, lint, types, tests.
+cd "$(dirname "$0")"
+ruff format --check .
+ruff check .
+mypy
+pytest "$@"

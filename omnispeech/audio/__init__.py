@@ -1,0 +1,1 @@
+"""Bytes <-> samples <-> features."""

@@ -1,0 +1,161 @@
+"""Settings. Each is a frozen dataclass that checks itself.
+
+A value comes from the command line, else from the environment (`OMNISPEECH_` and the name in
+capitals), else from the file given with `--config` (TOML), else from the default here.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from omnispeech.errors import ConfigError
+
+DEFAULT_MODELS = Path("/models")
+
+
+def models_directory(flag: str | None) -> Path:
+    """`--models`, else OMNISPEECH_MODELS, else /models."""
+    return Path(flag or os.environ.get("OMNISPEECH_MODELS") or DEFAULT_MODELS)
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{name}={value}; allowed: {low} to {high}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    max_conversations: int = 8  # rows that share each model call
+    max_waiting: int = 16  # conversations that may wait for a row
+    context_length: int = 8192  # LLM positions of one conversation, prompt and reply
+    kv_tokens: int = 32768  # positions of all conversations together, per language model
+    prefill_tokens: int = 256  # prompt positions per step while others are talking
+    run_ahead: int = 64  # text tokens the LLM may be ahead of the speech
+    max_new_tokens: int = 1024  # text tokens of one reply, whatever the request asks
+    compatible: bool = False  # the original's rules, its defects included
+
+    def __post_init__(self) -> None:
+        _check_range("max_conversations", self.max_conversations, 1, 1024)
+        _check_range("max_waiting", self.max_waiting, 0, 100_000)
+        _check_range("context_length", self.context_length, 64, 1 << 20)
+        _check_range("prefill_tokens", self.prefill_tokens, 1, 1 << 20)
+        _check_range("run_ahead", self.run_ahead, 0, 1 << 20)
+        _check_range("max_new_tokens", self.max_new_tokens, 1, 1 << 20)
+        if self.kv_tokens < self.context_length:
+            raise ConfigError(
+                f"kv_tokens={self.kv_tokens} is less than context_length={self.context_length}; "
+                "one conversation must fit"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig:
+    """How units become sound: spec of the GLM-4-Voice decoder, streaming."""
+
+    streaming: Literal["corrected", "compatible"] = "corrected"
+    euler_steps: int = 10
+    schedule: Literal["checkpoint", "cosine", "linear"] = "checkpoint"
+    guidance: float = -1.0  # weight of classifier-free guidance; -1: as in the checkpoint
+    context_tokens: int = 120  # units of history a block is conditioned on; 0: all
+    first_block: int = 0  # units; 0: chosen from the measured speed (10 or 20)
+    max_block: int = 200  # blocks grow in steps of ten up to this
+    compatible_block: int = 24  # every block of the compatible mode
+    overlap_frames: int = 34  # mel frames held back and blended with the next block
+
+    def __post_init__(self) -> None:
+        _check_range("euler_steps", self.euler_steps, 1, 1000)
+        _check_range("context_tokens", self.context_tokens, 0, 100_000)
+        _check_range("first_block", self.first_block, 0, self.max_block)
+        _check_range("max_block", self.max_block, 10, 10_000)
+        _check_range("compatible_block", self.compatible_block, 6, 10_000)
+        _check_range("overlap_frames", self.overlap_frames, 19, 60)
+        if self.guidance != -1.0:
+            _check_range("guidance", self.guidance, 0.0, 10.0)
+        for name in ("context_tokens", "first_block", "max_block"):
+            if getattr(self, name) % 10:
+                raise ConfigError(f"{name}={getattr(self, name)}; allowed: multiples of 10")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    host: str = "127.0.0.1"
+    port: int = 8000
+    model_name: str = "omnispeech"
+    max_audio_s: float = 120.0  # of one audio item
+    max_body_mb: int = 64
+    keep_texts: int = 256  # finished replies of /v1/speech whose text can be asked for
+
+    def __post_init__(self) -> None:
+        _check_range("port", self.port, 0, 65535)
+        _check_range("max_audio_s", self.max_audio_s, 1.0, 3600.0)
+        _check_range("max_body_mb", self.max_body_mb, 1, 4096)
+
+
+Config = TypeVar("Config", EngineConfig, DecoderConfig, ServerConfig)
+CONFIGS = (EngineConfig, DecoderConfig, ServerConfig)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The flat TOML file of `--config`; a key that is no setting is refused by name."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise ConfigError(f"{path} does not exist; --config takes a TOML file") from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
+    known = {f.name for config in CONFIGS for f in fields(config)}
+    if unknown := sorted(values.keys() - known):
+        raise ConfigError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    return values
+
+
+def build_config(
+    config: type[Config],
+    flags: Mapping[str, Any],
+    file: Mapping[str, Any],
+    environ: Mapping[str, str] = os.environ,
+) -> Config:
+    """Flags that are None were not given."""
+    values: dict[str, Any] = {}
+    for f in fields(config):
+        variable = f"OMNISPEECH_{f.name.upper()}"
+        if flags.get(f.name) is not None:
+            values[f.name] = flags[f.name]
+        elif variable in environ:
+            values[f.name] = parse_value(f.type, environ[variable], variable)
+        elif f.name in file:
+            values[f.name] = checked_type(f.type, file[f.name], f.name)
+    return config(**values)
+
+
+def parse_value(kind: Any, text: str, name: str) -> Any:
+    """Text of the environment or the command line -> a value of the field's type."""
+    if get_origin(kind) is Literal:
+        return checked_type(kind, text, name)
+    if kind is bool:
+        if text.lower() not in ("0", "1", "false", "true"):
+            raise ConfigError(f"{name}={text!r}; allowed: true or false")
+        return text.lower() in ("1", "true")
+    try:
+        return kind(text)
+    except ValueError as exc:
+        raise ConfigError(f"{name}={text!r} is not {_noun(kind)}") from exc
+
+
+def checked_type(kind: Any, value: Any, name: str) -> Any:
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ConfigError(f"{name}={value!r}; allowed: {', '.join(get_args(kind))}")
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{name}={value!r} is not {_noun(kind)}")
+    return value
+
+
+def _noun(kind: type) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]

@@ -1,0 +1,125 @@
+"""The seam between the engine and everything that talks to it. No torch here.
+
+A caller builds a `TurnRequest`, iterates over `SpeechEngine.answer(request)` and gets `TextDelta`
+and `AudioDelta` as they are made, then one `Done`. Leaving the iterator early cancels the turn.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omnispeech.errors import RequestError
+
+INPUT_RATE_HZ = 16_000
+ROLES = ("system", "user", "assistant")
+
+Samples = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    text: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Audio:
+    """What was said: [N] float32 in [-1, 1], mono, 16 kHz."""
+
+    samples: Samples
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: str
+    content: tuple[Text | Audio, ...]
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise RequestError(f"unknown role {self.role!r}; known: {', '.join(ROLES)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnRequest:
+    """One reply asked for. The defaults are those of the original worker."""
+
+    messages: tuple[Message, ...]
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None  # None: drawn at random, told in Done
+
+    def __post_init__(self) -> None:
+        if not self.messages:
+            raise RequestError("messages is empty; send at least one message of the user")
+        if self.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens={self.max_new_tokens}; send 1 or more")
+        if not 0.0 <= self.temperature <= 10.0:
+            raise RequestError(f"temperature={self.temperature}; send 0 (greedy) to 10")
+        if not 0.0 < self.top_p <= 1.0:
+            raise RequestError(f"top_p={self.top_p}; send more than 0, at most 1")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise RequestError(f"seed={self.seed}; send 0 to 2**63 - 1")
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class AudioDelta:
+    pcm: bytes  # 16-bit little endian, mono, at SpeechEngine.sample_rate_hz
+
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done:
+    """The reply is whole. "stop": the model ended it; "length": a limit did."""
+
+    text_finish: Finish
+    speech_finish: Finish
+    prompt_tokens: int
+    text_tokens: int
+    units: int
+    seed: int
+    first_text_s: float  # from the call of answer() to the first TextDelta; 0 if there was none
+    first_audio_s: float  # likewise to the first AudioDelta
+    total_s: float
+    audio_s: float  # seconds of sound in the reply
+
+    @property
+    def real_time_factor(self) -> float:
+        """Seconds of work per second of sound; infinite if there was no sound."""
+        return self.total_s / self.audio_s if self.audio_s else float("inf")
+
+
+Event = TextDelta | AudioDelta | Done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStatus:
+    ready: bool  # a warm-up turn has made sound
+    running: int = 0  # conversations on the device
+    waiting: int = 0  # conversations in the queue
+    max_running: int = 0
+    max_waiting: int = 0
+    failure: str | None = None  # why it will never be ready
+    phases: dict[str, float] = field(default_factory=dict)  # seconds per start-up phase
+
+
+class SpeechEngine(Protocol):
+    @property
+    def sample_rate_hz(self) -> int:
+        """Of the sound in AudioDelta; known once the engine is ready."""
+        ...
+
+    def status(self) -> EngineStatus: ...
+
+    def answer(self, request: TurnRequest) -> AsyncIterator[Event]:
+        """Raises Overloaded or NotReady, or RequestError, before the first event."""
+        ...

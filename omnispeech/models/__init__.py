@@ -1,0 +1,1 @@
+"""One network per file, attribute names as in the checkpoint."""

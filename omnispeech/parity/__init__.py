@@ -1,0 +1,1 @@
+"""This implementation against golden numbers of the originals."""
