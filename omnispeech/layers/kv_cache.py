@@ -1,0 +1,118 @@
+"""Keys and values of every conversation in one block of memory per language model.
+
+A conversation (`Row`) owns a run of neighbouring positions as long as it can ever need, so that
+its keys are one view without a copy, nothing moves while it talks, and it never runs out in the
+middle of a reply. A model call takes tokens of any rows at any lengths, laid end to end (`Layout`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    start: int
+    capacity: int
+    length: int = 0  # positions filled
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Which tokens of a call belong to one row, and where its keys lie."""
+
+    tokens: slice  # in the call
+    keys: slice  # in the cache, the tokens of this call included
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """One call: tokens of several rows laid end to end."""
+
+    positions: Tensor  # [T] in each token's own conversation
+    slots: Tensor  # [T] in the cache
+    spans: tuple[Span, ...]
+    parts: tuple[tuple[Row, int], ...]
+
+    def commit(self) -> None:
+        """The call succeeded: its tokens are now part of their rows."""
+        for row, count in self.parts:
+            row.length += count
+
+    @property
+    def last(self) -> list[int]:
+        """Index of the last token of each row in the call."""
+        return [span.tokens.stop - 1 for span in self.spans]
+
+
+class KVCache:
+    def __init__(
+        self,
+        layers: int,
+        tokens: int,
+        heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (layers, tokens, heads, head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)  # [layers, T, H, D]
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.tokens = tokens
+        self._holes = [(0, tokens)]  # (start, length), sorted by start, never adjacent
+
+    @property
+    def free_tokens(self) -> int:
+        return sum(length for _, length in self._holes)
+
+    def allocate(self, capacity: int) -> Row | None:
+        """The first hole that is long enough; None if there is none."""
+        for i, (start, length) in enumerate(self._holes):
+            if length >= capacity:
+                rest = [(start + capacity, length - capacity)] if length > capacity else []
+                self._holes[i : i + 1] = rest
+                return Row(start, capacity)
+        return None
+
+    def release(self, row: Row) -> None:
+        """Gives the positions back; the row must not be used again."""
+        holes = sorted([*self._holes, (row.start, row.capacity)])
+        self._holes = holes[:1]
+        for start, length in holes[1:]:
+            before, size = self._holes[-1]
+            if before + size == start:
+                self._holes[-1] = (before, size + length)
+            else:
+                self._holes.append((start, length))
+
+    def layout(self, parts: Sequence[tuple[Row, int]]) -> Layout:
+        """parts: (row, number of new tokens), in the order of the tokens in the call."""
+        positions: list[int] = []
+        slots: list[int] = []
+        spans = []
+        for row, count in parts:
+            end = row.length + count
+            assert end <= row.capacity, (end, row.capacity)
+            spans.append(
+                Span(
+                    slice(len(positions), len(positions) + count),
+                    slice(row.start, row.start + end),
+                )
+            )
+            positions += range(row.length, end)
+            slots += range(row.start + row.length, row.start + end)
+        device = self.keys.device
+        return Layout(
+            torch.tensor(positions, device=device),
+            torch.tensor(slots, device=device),
+            tuple(spans),
+            tuple(parts),
+        )
+
+    def write(self, layer: int, layout: Layout, keys: Tensor, values: Tensor) -> None:
+        """keys, values: [T, H, D], in place."""
+        self.keys[layer].index_copy_(0, layout.slots, keys)
+        self.values[layer].index_copy_(0, layout.slots, values)
