@@ -1,0 +1,101 @@
+"""Checkpoints saved in the middle of LoRA training: merged while they are read."""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnispeech.checkpoint.shards import TensorFiles
+from omnispeech.errors import CheckpointError
+
+MATRIX = re.compile(r"(?P<target>.+)\.lora_(?P<side>[AB])\.default\.weight")
+
+# Variants of LoRA that compute something else than W + alpha / r * B @ A.
+UNSUPPORTED = (
+    "use_rslora",
+    "use_dora",
+    "fan_in_fan_out",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+)
+
+
+class MergedLora:
+    """Looks like the merged checkpoint: W' = W + alpha / r * B @ A, computed in float32.
+
+    Inside peft everything of the LLM lies one `model.` deeper, and newer versions call the
+    adapted weight `base_layer.weight`.
+    """
+
+    def __init__(self, tensors: TensorFiles, lora_config: Mapping[str, Any]) -> None:
+        self._tensors = tensors
+        self._rank, alpha = _rank_and_alpha(lora_config)
+        self._scale = alpha / self._rank
+        found = [(name, MATRIX.fullmatch(name)) for name in tensors.names]
+        self._stored = {plain_name(name): name for name, matrix in found if matrix is None}
+        self._sides = {
+            (f"{plain_name(matrix['target'])}.weight", matrix["side"]): name
+            for name, matrix in found
+            if matrix is not None
+        }
+        self._targets = {target for target, _ in self._sides}
+        for target in sorted(self._targets):
+            self._check(target)
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._stored.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors.shape(self._stored[name])
+
+    def read(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if name not in self._targets:
+            return self._tensors.read(self._stored[name], device, dtype)
+        weight, a, b = (
+            self._tensors.read(stored, device, torch.float32) for stored in self._parts(name)
+        )
+        return (weight + self._scale * (b @ a)).to(dtype)
+
+    def _parts(self, target: str) -> tuple[str, str, str]:
+        return self._stored[target], self._sides[target, "A"], self._sides[target, "B"]
+
+    def _check(self, target: str) -> None:
+        try:
+            weight, a, b = (self._tensors.shape(name) for name in self._parts(target))
+        except KeyError as exc:
+            raise CheckpointError(
+                f"the LoRA of {target} is not whole; it needs the base weight, lora_A and lora_B"
+            ) from exc
+        if (a, b) != ((self._rank, weight[1]), (weight[0], self._rank)):
+            raise CheckpointError(
+                f"the LoRA of {target} has lora_A {list(a)} and lora_B {list(b)}, which do not fit "
+                f"the weight {list(weight)} and r={self._rank} of lora_config"
+            )
+
+
+def has_lora(names: Collection[str]) -> bool:
+    return any(MATRIX.fullmatch(name) for name in names)
+
+
+def plain_name(name: str) -> str:
+    """The name the tensor has after merging."""
+    name = re.sub(r"^llm_model\.model\.(?=model\.|lm_head\.)", "llm_model.", name)
+    return name.replace(".base_layer.", ".")
+
+
+def _rank_and_alpha(config: Mapping[str, Any]) -> tuple[int, float]:
+    if odd := [name for name in UNSUPPORTED if config.get(name)]:
+        raise CheckpointError(
+            f"lora_config has {odd[0]}={config[odd[0]]!r}, which cannot be merged here; "
+            "merge the checkpoint with peft"
+        )
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float):
+        raise CheckpointError(
+            f"lora_config has r={rank!r} and lora_alpha={alpha!r}; both must be numbers"
+        )
+    return rank, alpha
