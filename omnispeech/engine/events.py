@@ -49,6 +49,7 @@ class TurnRequest:
     max_new_tokens: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
+    speech_temperature: float = 1.0
     seed: int | None = None  # None: drawn at random, told in Done
 
     def __post_init__(self) -> None:
@@ -58,6 +59,10 @@ class TurnRequest:
             raise RequestError(f"max_new_tokens={self.max_new_tokens}; send 1 or more")
         if not 0.0 <= self.temperature <= 10.0:
             raise RequestError(f"temperature={self.temperature}; send 0 (greedy) to 10")
+        if not 0.0 <= self.speech_temperature <= 10.0:
+            raise RequestError(
+                f"speech_temperature={self.speech_temperature}; send 0 (greedy) to 10"
+            )
         if not 0.0 < self.top_p <= 1.0:
             raise RequestError(f"top_p={self.top_p}; send more than 0, at most 1")
         if self.seed is not None and not 0 <= self.seed < 2**63:

@@ -1,0 +1,183 @@
+"""Replies that share every model call: the engine without threads.
+
+`open` a session for a request, `insert` it, call `step` until it is idle. Everything that comes
+of it goes through the session's own `emit`.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+from omnispeech.audio.features import log_mel
+from omnispeech.config import DecoderConfig, EngineConfig
+from omnispeech.engine.events import Audio, Event, Message, Samples, Text, TurnRequest
+from omnispeech.engine.interleave import Rules
+from omnispeech.engine.playback import Average, BlockRule, DecodeTime
+from omnispeech.engine.runner import Models, Runner
+from omnispeech.engine.scheduler import Block, Scheduler
+from omnispeech.engine.session import Session, samplers
+from omnispeech.engine.vocoder import open_stream
+from omnispeech.errors import AudioError, RequestError
+from omnispeech.prompt import AUDIO, PromptMessage
+
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+
+
+class Conversations:
+    """Replies that share every model call."""
+
+    def __init__(self, models: Models, config: EngineConfig, decoder: DecoderConfig) -> None:
+        self.models = models
+        self.config = config
+        self.decoder = decoder
+        self.runner = Runner(models, config.kv_tokens)
+        self.steps = 0
+        self.unit_s = Average()
+        flow = models.decoder.flow
+        frame_s = models.decoder.hift.config.hop / models.decoder.sample_rate_hz
+        self._decode_time = DecodeTime(
+            unit_audio_s=flow.frames(100) * frame_s / 100,
+            held_back_s=decoder.overlap_frames * frame_s,
+        )
+        self.scheduler = Scheduler(
+            max_running=config.max_conversations,
+            prefill_tokens=config.prefill_tokens,
+            enter=self.runner.enter,
+            leave=self.runner.leave,
+            block_rule=BlockRule(
+                step=flow.config.encoder.block_size,
+                first=decoder.first_block,
+                most=decoder.max_block,
+                fixed=decoder.compatible_block if decoder.streaming == "compatible" else 0,
+            ),
+            decode_time=self._decode_time,
+        )
+
+    def open(self, request: TurnRequest, emit: Callable[[Event | Exception], None]) -> Session:
+        """A session for `request`, not yet inserted; its prompt and features are ready.
+
+        Raises RequestError if the request can not be answered. Safe from any thread.
+        """
+        models = self.models
+        audios = [p.samples for m in request.messages for p in m.content if isinstance(p, Audio)]
+        prompt = models.prompt.build([_prompt_message(m) for m in request.messages])
+        valid = [models.mel.valid_frames(len(samples)) for samples in audios]
+        length = len(prompt) + sum(self._vectors(v) - 1 for v in valid)
+        seed = request.seed if request.seed is not None else random.getrandbits(63)
+        text_sampler, speech_sampler = samplers(
+            request, seed, models.text_top_k, models.speech_top_k
+        )
+        return Session(
+            request=request,
+            rules=self._rules(request, length),
+            prompt=prompt,
+            mels=self._mels(audios),
+            valid_frames=valid,
+            prompt_length=length,
+            text_sampler=text_sampler,
+            speech_sampler=speech_sampler,
+            text_stream=models.prompt.text_stream(),
+            vocoder=open_stream(models.decoder, self.decoder, seed),
+            seed=seed,
+            emit=emit,
+        )
+
+    def _mels(self, audios: Sequence[Samples]) -> list[Tensor]:
+        """The original pads every audio of a request to the longest."""
+        longest = max(map(len, audios), default=0) if self.config.compatible else 0
+        return [log_mel(samples, self.models.mel, longest=longest) for samples in audios]
+
+    def _vectors(self, valid_frames: int) -> int:
+        """Prompt positions that an audio takes."""
+        lm = self.models.lm
+        count = lm.audio_adapter.output_length(lm.audio_encoder_model.output_length(valid_frames))
+        if not count:
+            raise AudioError(
+                f"an audio of {valid_frames} mel frames is too short to be heard; "
+                "send 0.1 s or more"
+            )
+        return count
+
+    def _rules(self, request: TurnRequest, prompt_length: int) -> Rules:
+        room = self.config.context_length - prompt_length
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {prompt_length} positions, the context has "
+                f"{self.config.context_length}; send a shorter conversation, or start the server "
+                "with a larger context_length"
+            )
+        span = self.models.lm.config
+        rules = Rules(
+            read=span.text_span,
+            write=span.unit_span,
+            text_limit=min(request.max_new_tokens, self.config.max_new_tokens, room),
+            unit_limit=self.models.unit_limit,
+            text_end=self.models.text_end,
+            speech_end=self.models.speech_end,
+            run_ahead=0 if self.config.compatible else self.config.run_ahead,
+            compatible=self.config.compatible,
+        )
+        if (needed := 1 + rules.text_limit + rules.most_units) > self.config.kv_tokens:
+            raise RequestError(
+                f"the reply may need {needed} speech positions, the server has "
+                f"{self.config.kv_tokens}; ask for fewer max_new_tokens"
+            )
+        return rules
+
+    @property
+    def idle(self) -> bool:
+        return not self.scheduler.running and not self.scheduler.waiting
+
+    def insert(self, session: Session) -> None:
+        self.scheduler.insert(session)
+
+    def step(self) -> bool:
+        """One round over the models; False if there was nothing to do."""
+        began = time.perf_counter()
+        plan = self.scheduler.plan(began, self.unit_s.value)
+        if plan.idle:
+            return False
+        self.steps += 1
+        runner = self.runner
+        if plan.listen:
+            with plan.listen.own_errors():
+                runner.listen(plan.listen)
+        _together(plan.llm, runner.run_llm, lambda turn: turn.session)
+        if plan.speech:
+            _together(plan.speech, runner.run_speech, lambda session: session)
+            self.unit_s.add(time.perf_counter() - began)
+        if plan.block and not plan.block.session.over:
+            with plan.block.session.own_errors():
+                self._decode(plan.block)
+        return True
+
+    def _decode(self, block: Block) -> None:
+        began = time.perf_counter()
+        self.runner.decode(block)
+        self._decode_time.cost.add(block.units, time.perf_counter() - began)
+
+
+def _together(
+    items: Sequence[Item], run: Callable[[Sequence[Item]], None], of: Callable[[Item], Session]
+) -> None:
+    """All in one call. If it fails, one by one: an error reaches its own caller and nobody else."""
+    alive = [item for item in items if not of(item).over]
+    if not alive:
+        return
+    try:
+        run(alive)
+    except Exception:
+        log.warning("a call for %d replies failed", len(alive), exc_info=True)
+        for item in alive:
+            with of(item).own_errors():
+                run([item])
+
+
+def _prompt_message(message: Message) -> PromptMessage:
+    parts = (part.text if isinstance(part, Text) else AUDIO for part in message.content)
+    return PromptMessage(message.role, tuple(parts))

@@ -1,0 +1,113 @@
+"""When the next block of sound is due (spec: decoder 8).
+
+The first block is small, so that sound starts early. After that a block grows, in steps of the
+flow encoder's own block, as long as the listener's unheard sound lasts until one more step would
+be written and decoded: fewer seams and less repeated work at no cost in waiting.
+"""
+
+from dataclasses import dataclass, field
+
+SAFETY_S = 0.3  # sound the listener should still have when a block arrives
+COMFORT_S = 1.0  # a reply this far ahead of its listener can wait for others
+
+
+@dataclass(slots=True)
+class LinearCost:
+    """Seconds as a line over the size of the work, fitted to what was measured lately."""
+
+    memory: float = 0.95  # weight of everything measured before, per measurement
+    _sums: list[float] = field(default_factory=lambda: [0.0] * 5)  # 1, x, y, xx, xy
+
+    def add(self, size: float, seconds: float) -> None:
+        new = (1.0, size, seconds, size * size, size * seconds)
+        self._sums = [self.memory * old + x for old, x in zip(self._sums, new, strict=True)]
+
+    def predict(self, size: float) -> float:
+        """0 before the first measurement; proportional while only one size was seen."""
+        n, x, y, xx, xy = self._sums
+        if not n:
+            return 0.0
+        spread = n * xx - x * x
+        if spread <= 1e-6 * n * xx:
+            return y * size / x
+        slope = max(0.0, (n * xy - x * y) / spread)
+        return max(0.0, (y - slope * x) / n + slope * size)
+
+
+@dataclass(slots=True)
+class Average:
+    """Exponential moving average; 0 before the first value."""
+
+    weight: float = 0.1
+    value: float = 0.0
+
+    def add(self, value: float) -> None:
+        self.value = value if not self.value else self.value + self.weight * (value - self.value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockRule:
+    """How many units make a block. Speeds are of the whole machine as it was busy lately."""
+
+    step: int  # units; blocks are multiples of it
+    first: int  # units of the first block; 0: chosen from the speed
+    most: int
+    fixed: int = 0  # every block has this size (compatible mode); 0: blocks grow
+
+    def size(self, pending: int, ahead_s: float | None, unit_s: float, decode: "DecodeTime") -> int:
+        """Units to decode now, 0: wait for more.
+
+        pending: units written but not decoded; ahead_s: unheard seconds the listener has, None
+        before the first block; unit_s: seconds per unit written.
+        """
+        if self.fixed:
+            return self.fixed if pending >= self.fixed else 0
+        whole = min(pending // self.step * self.step, self.most)
+        if ahead_s is None:
+            first = self.first or self._first(unit_s, decode)
+            return first if pending >= first else 0
+        if not whole or whole == self.most:
+            return whole
+        wait = (whole + self.step - pending) * unit_s + decode.seconds(whole + self.step)
+        return whole if ahead_s - SAFETY_S < wait else 0
+
+    def _first(self, unit_s: float, decode: "DecodeTime") -> int:
+        """One step if the next block can be there before the first one was heard, else two."""
+        heard_s = decode.audible_s(self.step)
+        next_s = self.step * unit_s + decode.seconds(2 * self.step)
+        return self.step if next_s <= heard_s else 2 * self.step
+
+
+@dataclass(slots=True, kw_only=True)
+class DecodeTime:
+    """What decoding costs and yields."""
+
+    unit_audio_s: float  # seconds of sound per unit
+    held_back_s: float  # seconds a block keeps for blending with the next
+    cost: LinearCost = field(default_factory=LinearCost)
+
+    def seconds(self, units: int) -> float:
+        return self.cost.predict(units)
+
+    def audible_s(self, units: int) -> float:
+        """Of a first block."""
+        return units * self.unit_audio_s - self.held_back_s
+
+
+@dataclass(slots=True)
+class Playback:
+    """What the listener of one reply has been sent, on the clock of the engine."""
+
+    started_s: float | None = None
+    sent_s: float = 0.0
+
+    def sent(self, seconds: float, now_s: float) -> None:
+        if self.started_s is None:
+            self.started_s = now_s
+        # after a gap the listener's clock starts again
+        self.started_s = max(self.started_s, now_s - self.sent_s)
+        self.sent_s += seconds
+
+    def ahead_s(self, now_s: float) -> float | None:
+        """Unheard seconds; negative: silent since; None: nothing was sent yet."""
+        return None if self.started_s is None else self.started_s + self.sent_s - now_s

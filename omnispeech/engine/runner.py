@@ -1,0 +1,232 @@
+"""The only place where the engine touches tensors: runs the models for several replies at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omnispeech.audio.features import MelConfig
+from omnispeech.engine.sampling import NOT_FINITE, choose
+from omnispeech.engine.scheduler import Block, LLMTurn
+from omnispeech.engine.session import Session
+from omnispeech.errors import GenerationError
+from omnispeech.layers.kv_cache import Row
+from omnispeech.models.omnispeech import OmniSpeech
+from omnispeech.models.qwen3 import CausalLM
+from omnispeech.models.speech_decoder import SpeechDecoder
+from omnispeech.prompt import PromptBuilder, UnitVocabulary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageModels:
+    """What turns sound and text into text and units, loaded, and the rules that came with it."""
+
+    lm: OmniSpeech
+    prompt: PromptBuilder
+    units: UnitVocabulary
+    mel: MelConfig
+    text_end: frozenset[int]
+    speech_end: frozenset[int]
+    text_top_k: int
+    speech_top_k: int
+    unit_limit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models(LanguageModels):
+    """Everything a conversation needs."""
+
+    decoder: SpeechDecoder
+
+
+class Runner:
+    def __init__(self, models: LanguageModels, kv_tokens: int) -> None:
+        """kv_tokens: positions of all replies together, for each of the two language models."""
+        self.models = models
+        self.llm_cache = models.lm.llm_model.new_cache(kv_tokens)
+        self.speech_cache = models.lm.tts_lm_model.new_cache(kv_tokens)
+        self.unit_head = UnitHead(models.lm.tts_lm_model, models.units, models.speech_end)
+        with torch.inference_mode():
+            self._speaker = models.lm.tts_lm_model.speaker()[None]  # [1, D]
+
+    def enter(self, session: Session) -> bool:
+        """Takes the memory a reply can ever need; False if it must wait."""
+        rules = session.rules
+        llm = self.llm_cache.allocate(session.prompt_length + rules.text_limit)
+        if llm is None:
+            return False
+        speech = self.speech_cache.allocate(1 + rules.text_limit + rules.most_units)
+        if speech is None:
+            self.llm_cache.release(llm)
+            return False
+        session.llm_row, session.speech_row = llm, speech
+        return True
+
+    def leave(self, session: Session) -> None:
+        self.llm_cache.release(_row(session.llm_row))
+        self.speech_cache.release(_row(session.speech_row))
+        session.llm_row = session.speech_row = session.prompt_vectors = None
+        session.conditions.clear()
+
+    @torch.inference_mode()
+    def listen(self, session: Session) -> None:
+        """Puts the sound of the request through the encoder and splices it into the prompt."""
+        lm = self.models.lm
+        weight = lm.llm2tts.weight
+        mels = [mel.to(weight) for mel in session.mels]
+        audios = lm.embed_audio(mels, session.valid_frames, batch_rule=session.rules.compatible)
+        session.prompt_vectors = lm.splice(session.prompt, audios)
+        session.mels = []
+
+    @torch.inference_mode()
+    def run_llm(self, turns: Sequence[LLMTurn]) -> None:
+        """One call: each row reads a piece of its prompt or its last token, and unless more of
+        the prompt is to come, writes a token."""
+        lm = self.models.lm.llm_model
+        layout = self.llm_cache.layout(
+            [(_row(t.session.llm_row), t.prompt_positions or 1) for t in turns]
+        )
+        states = lm(self._llm_vectors(turns), self.llm_cache, layout)  # [T, D]
+        writing = [
+            i for i, t in enumerate(turns) if t.prompt_positions in (0, t.session.prompt_left)
+        ]
+        layout.commit()
+        if writing:
+            last = [layout.last[i] for i in writing]
+            self._write_text([turns[i].session for i in writing], states[last])
+
+    def _llm_vectors(self, turns: Sequence[LLMTurn]) -> Tensor:
+        """[T, D]"""
+        ids = [t.session.interleaver.text_ids[-1] for t in turns if not t.prompt_positions]
+        embedded = iter(self._embed(self.models.lm.llm_model, ids)[:, None] if ids else ())
+        return torch.cat(
+            [
+                _prompt_piece(t.session, t.prompt_positions)
+                if t.prompt_positions
+                else next(embedded)
+                for t in turns
+            ]
+        )
+
+    def _write_text(self, sessions: Sequence[Session], states: Tensor) -> None:
+        """states: [B, D], from which the next tokens are chosen and the speech is conditioned."""
+        lm = self.models.lm
+        ids = choose(lm.llm_model.lm_head(states), [s.text_sampler for s in sessions])
+        conditions = lm.speech_condition(states)  # [B, D']
+        for session, token, condition in zip(sessions, ids, conditions, strict=True):
+            with session.own_errors():
+                self._write_token(session, token, condition)
+
+    def _write_token(self, session: Session, token: int, condition: Tensor) -> None:
+        if token == NOT_FINITE:
+            raise GenerationError("the language model gave numbers that are not finite")
+        session.prompt_vectors = None  # read, and of no more use
+        session.conditions.append(condition)
+        session.interleaver.add_text(token)
+        session.send_text(session.text_stream.push([token]))
+        if session.interleaver.text_finish is not None:
+            session.send_text(session.text_stream.finish())
+
+    @torch.inference_mode()
+    def run_speech(self, sessions: Sequence[Session]) -> None:
+        """One call: each row reads its last unit or new states, or both, and writes one unit."""
+        rows = [s for s in sessions if self._has_input(s)]
+        if not rows:
+            return
+        lm = self.models.lm.tts_lm_model
+        vectors = self._speech_vectors(rows)
+        layout = self.speech_cache.layout(
+            [(_row(s.speech_row), len(v)) for s, v in zip(rows, vectors, strict=True)]
+        )
+        states = lm(torch.cat(vectors), self.speech_cache, layout)  # [T, D]
+        chosen = self.unit_head.choose(states[layout.last], rows)
+        layout.commit()
+        for session, unit in zip(rows, chosen, strict=True):
+            with session.own_errors():
+                self._write_unit(session, unit)
+
+    def _write_unit(self, session: Session, chosen: int) -> None:
+        if chosen == NOT_FINITE:
+            raise GenerationError("the speech model gave numbers that are not finite")
+        assert session.speech_input is not None
+        for _ in session.speech_input.states:
+            session.conditions.popleft()
+        session.speech_input = None
+        session.interleaver.add_unit(chosen)
+        if chosen in self.models.units and chosen not in self.models.speech_end:
+            session.pending_units.append(self.models.units.to_unit(chosen))
+
+    def _has_input(self, session: Session) -> bool:
+        """Kept until computed, so that a call that failed can be made again."""
+        session.speech_input = session.speech_input or session.interleaver.next_input()
+        return session.speech_input is not None
+
+    def _speech_vectors(self, sessions: Sequence[Session]) -> list[Tensor]:
+        """What each row reads: its last unit or the speaker, then its new states: [T, D] each."""
+        leads = [s.speech_input.lead for s in sessions if s.speech_input]
+        known = [lead for lead in leads if lead is not None]
+        embedded = iter(self._embed(self.models.lm.tts_lm_model, known)[:, None] if known else ())
+        vectors = []
+        for session, lead in zip(sessions, leads, strict=True):
+            first = self._speaker if lead is None else next(embedded)
+            count = len(session.speech_input.states) if session.speech_input else 0
+            states = [session.conditions[i][None] for i in range(count)]
+            vectors.append(torch.cat([first, *states]) if states else first)
+        return vectors
+
+    def _embed(self, lm: CausalLM, ids: list[int]) -> Tensor:
+        return lm.embed(torch.tensor(ids, device=lm.lm_head.weight.device))
+
+    @torch.inference_mode()
+    def decode(self, block: Block) -> None:
+        """Turns units of one reply into sound."""
+        session = block.session
+        samples = session.vocoder.push(session.pending_units[: block.units], block.final)  # [N]
+        del session.pending_units[: block.units]
+        pcm = (samples.clamp(-1.0, 1.0) * 32767.0).round().to(torch.int16).numpy()
+        session.send_audio(
+            pcm.astype("<i2").tobytes(), len(samples) / session.vocoder.decoder.sample_rate_hz
+        )
+        if block.final:
+            session.send_text(session.text_stream.finish())
+            session.flushed = True
+            session.send_done()
+
+
+class UnitHead:
+    """Speech logits of the ids that may be chosen, and of no others (defects B5, D5)."""
+
+    def __init__(self, lm: CausalLM, units: UnitVocabulary, ends: frozenset[int]) -> None:
+        bias, count = units.units_bias, units.count
+        outside = sorted(end for end in ends if end not in units)
+        weight = lm.lm_head.weight
+        self._vocabulary_head = lm.lm_head
+        self._ids = [*range(bias, bias + count), *outside]
+        self._unit_weight = weight[bias : bias + count]  # [U, D], a view
+        self._end_weight = weight[outside]  # [E, D]
+        self._is_end = torch.tensor([i in ends for i in self._ids], device=weight.device)
+
+    def choose(self, states: Tensor, sessions: Sequence[Session]) -> list[int]:
+        """[B, D] -> an id of the speech vocabulary per row."""
+        samplers = [s.speech_sampler for s in sessions]
+        choices = [s.interleaver.choice for s in sessions]
+        if "vocabulary" in choices:  # compatible rules hold for the whole engine
+            return choose(self._vocabulary_head(states), samplers)
+        logits = torch.cat([states @ self._unit_weight.T, states @ self._end_weight.T], dim=1)
+        no_end = torch.tensor([c == "units" for c in choices], device=logits.device)
+        logits.masked_fill_(no_end[:, None] & self._is_end, -torch.inf)
+        picked = choose(logits, samplers)
+        return [self._ids[i] if i != NOT_FINITE else NOT_FINITE for i in picked]
+
+
+def _row(row: Row | None) -> Row:
+    assert row is not None, "the session holds no memory"
+    return row
+
+
+def _prompt_piece(session: Session, count: int) -> Tensor:
+    """The next `count` vectors of the prompt: [T, D]"""
+    assert session.prompt_vectors is not None
+    start = _row(session.llm_row).length
+    return session.prompt_vectors[start : start + count]

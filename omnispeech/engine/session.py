@@ -1,0 +1,144 @@
+"""One reply in the making."""
+
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from omnispeech.engine.events import AudioDelta, Done, Event, TextDelta, TurnRequest
+from omnispeech.engine.interleave import Interleaver, Rules, SpeechInput
+from omnispeech.engine.playback import Playback
+from omnispeech.engine.sampling import Sampler
+
+if TYPE_CHECKING:  # tensors are the runner's; decisions need none
+    from torch import Tensor
+
+    from omnispeech.engine.vocoder import VocoderStream
+    from omnispeech.layers.kv_cache import Row
+    from omnispeech.prompt import TextStream
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Session:
+    request: TurnRequest
+    rules: Rules
+    prompt: list[int]  # ids, audio slots not yet expanded
+    mels: list["Tensor"]  # [M, T] of each audio
+    valid_frames: list[int]
+    prompt_length: int  # positions after splicing
+    text_sampler: Sampler
+    speech_sampler: Sampler
+    text_stream: "TextStream"
+    vocoder: "VocoderStream"
+    seed: int
+    emit: Callable[[Event | Exception], None]
+    interleaver: Interleaver = field(init=False)
+    playback: Playback = field(default_factory=Playback)
+    created_s: float = field(default_factory=time.perf_counter)
+
+    # on the device, from admission to the end
+    llm_row: "Row | None" = None
+    speech_row: "Row | None" = None
+    prompt_vectors: "Tensor | None" = None  # [L, D] from the encoder on
+    conditions: deque["Tensor"] = field(default_factory=deque)  # states the speech LM will read
+    speech_input: SpeechInput | None = None  # decided, not yet computed
+    pending_units: list[int] = field(default_factory=list)  # codes not yet decoded
+    flushed: bool = False  # the vocoder has given everything
+
+    cancelled: bool = False
+    failed: bool = False
+    first_text_s: float = 0.0
+    first_audio_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.interleaver = Interleaver(self.rules)
+
+    @property
+    def over(self) -> bool:
+        return self.cancelled or self.failed or (self.interleaver.done and self.flushed)
+
+    @property
+    def prompt_left(self) -> int:
+        """Prompt positions the LLM has not read."""
+        return self.prompt_length - (self.llm_row.length if self.llm_row else 0)
+
+    @property
+    def prefilling(self) -> bool:
+        return not self.interleaver.text_ids and self.prompt_left > 0
+
+    @property
+    def heard(self) -> bool:
+        """Its sound has been through the encoder, its prompt can be read."""
+        return self.prompt_vectors is not None
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self.created_s
+
+    def send_text(self, text: str) -> None:
+        if text:
+            self.first_text_s = self.first_text_s or self.elapsed_s
+            self.emit(TextDelta(text))
+
+    def send_audio(self, pcm: bytes, seconds: float) -> None:
+        if pcm:
+            self.first_audio_s = self.first_audio_s or self.elapsed_s
+            self.playback.sent(seconds, time.perf_counter())
+            self.emit(AudioDelta(pcm))
+
+    def send_done(self) -> None:
+        text, speech = self.interleaver.text_finish, self.interleaver.speech_finish
+        assert text is not None and speech is not None
+        self.emit(
+            Done(
+                text_finish=text,
+                speech_finish=speech,
+                prompt_tokens=self.prompt_length,
+                text_tokens=len(self.interleaver.text_ids),
+                units=self.vocoder.units,
+                seed=self.seed,
+                first_text_s=self.first_text_s,
+                first_audio_s=self.first_audio_s,
+                total_s=self.elapsed_s,
+                audio_s=self.playback.sent_s,
+            )
+        )
+
+    @contextmanager
+    def own_errors(self) -> Iterator[None]:
+        """What goes wrong inside is this reply's error: the thread goes on with the others."""
+        try:
+            yield
+        except Exception as error:
+            log.exception("a reply failed")
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """Tells this caller, and nobody else."""
+        self.failed = True
+        self.emit(error)
+
+
+def samplers(
+    request: TurnRequest, seed: int, text_top_k: int, speech_top_k: int
+) -> tuple[Sampler, Sampler]:
+    """Text and speech draw from generators of their own: one running ahead changes nothing."""
+    return (
+        Sampler(
+            temperature=request.temperature,
+            top_k=text_top_k,
+            top_p=request.top_p,
+            random=random.Random(f"text {seed}"),
+        ),
+        Sampler(
+            temperature=request.speech_temperature,
+            top_k=speech_top_k,
+            random=random.Random(f"speech {seed}"),
+        ),
+    )

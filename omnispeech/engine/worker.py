@@ -1,0 +1,198 @@
+"""The thread that owns the device, behind the asyncio interface of `engine.events`.
+
+Handlers put sessions in and take events out. Nothing else touches the models.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import numpy as np
+
+from omnispeech.config import DecoderConfig, EngineConfig
+from omnispeech.engine.conversations import Conversations
+from omnispeech.engine.events import (
+    INPUT_RATE_HZ,
+    Audio,
+    AudioDelta,
+    Done,
+    EngineStatus,
+    Event,
+    Message,
+    TurnRequest,
+)
+from omnispeech.engine.runner import Models
+from omnispeech.engine.session import Session
+from omnispeech.errors import GenerationError, NotReady, OmniSpeechError, Overloaded
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 0.05  # how often an idle thread looks for callers that have left
+CLOSE_S = 10.0  # a thread that is still loading is not waited for any longer
+WARM_UP = TurnRequest(
+    messages=(Message("user", (Audio(np.zeros(INPUT_RATE_HZ // 2, np.float32)),)),),
+    max_new_tokens=16,
+    seed=0,
+)
+
+
+class Worker:
+    """Implements SpeechEngine. `load` runs in the thread, so that a server can already answer."""
+
+    def __init__(
+        self,
+        load: Callable[[], Models],
+        config: EngineConfig | None = None,
+        decoder: DecoderConfig | None = None,
+    ) -> None:
+        self.config = config or EngineConfig()
+        self._load = load
+        self._decoder = decoder or DecoderConfig()
+        self._inbox: queue.SimpleQueue[Session | None] = queue.SimpleQueue()
+        self._conversations: Conversations | None = None
+        self._ready = False
+        self._failure: str | None = None
+        self._phases: dict[str, float] = {}
+        self._open = 0  # replies taken and not yet ended
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="device", daemon=True)
+
+    def start(self, on_failure: Callable[[], None] = lambda: None) -> None:
+        """`on_failure` is called, in the thread, if the engine can never be ready."""
+        self._on_failure = on_failure
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread after its current step; replies under way are told."""
+        self._inbox.put(None)
+        if self._thread.is_alive():
+            self._thread.join(CLOSE_S)
+
+    @property
+    def conversations(self) -> Conversations:
+        if self._conversations is None:
+            raise NotReady(self._failure or "the models are still being loaded; try again later")
+        return self._conversations
+
+    @property
+    def sample_rate_hz(self) -> int:
+        return self.conversations.models.decoder.sample_rate_hz
+
+    def status(self) -> EngineStatus:
+        running = len(self._conversations.scheduler.running) if self._conversations else 0
+        return EngineStatus(
+            ready=self._ready,
+            running=running,
+            waiting=max(0, self._open - running),
+            max_running=self.config.max_conversations,
+            max_waiting=self.config.max_waiting,
+            failure=self._failure,
+            phases=dict(self._phases),
+        )
+
+    async def answer(self, request: TurnRequest) -> AsyncIterator[Event]:
+        if not self._ready:
+            raise NotReady(self._failure or "the models are still being loaded; try again later")
+        with self._place():
+            loop = asyncio.get_running_loop()
+            inbox: asyncio.Queue[Event | Exception] = asyncio.Queue()
+
+            def emit(event: Event | Exception) -> None:
+                with suppress(RuntimeError):  # the caller's loop is closed: it is gone
+                    loop.call_soon_threadsafe(inbox.put_nowait, event)
+
+            session = await asyncio.to_thread(self.conversations.open, request, emit)
+            self._inbox.put(session)
+            try:
+                event: Event | Exception | None = None
+                while not isinstance(event, Done):
+                    event = await inbox.get()
+                    if isinstance(event, OmniSpeechError):
+                        raise event
+                    if isinstance(event, Exception):
+                        raise GenerationError(f"the reply failed: {event}") from event
+                    yield event
+            finally:
+                session.cancelled = True  # if the caller is gone: no more work on it
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """A place among those who talk or wait; refuses at once if all are taken."""
+        most = self.config.max_conversations + self.config.max_waiting
+        with self._lock:
+            if self._open >= most:
+                raise Overloaded(
+                    f"{self.config.max_conversations} conversations are running and "
+                    f"{self.config.max_waiting} wait; try again in a second"
+                )
+            self._open += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open -= 1
+
+    def _run(self) -> None:
+        try:
+            with self._phase("load"):
+                models = self._load()
+            self._conversations = Conversations(models, self.config, self._decoder)
+            with self._phase("warm up"):
+                warm_up(self._conversations)
+        except Exception as error:
+            log.exception("the models could not be loaded")
+            self._failure = str(error) or type(error).__name__
+            self._on_failure()
+            return
+        self._ready = True
+        busy = False
+        while self._take(wait_s=0.0 if busy else IDLE_S):
+            busy = self._conversations.step()
+        self._ready = False
+        self._say_goodbye(self._conversations)
+
+    def _take(self, wait_s: float) -> bool:
+        """Sessions from the inbox into the engine, waiting up to `wait_s` for one; False: stop."""
+        while True:
+            try:
+                session = self._inbox.get(timeout=wait_s) if wait_s else self._inbox.get_nowait()
+            except queue.Empty:
+                return True
+            if session is None:
+                return False
+            self.conversations.insert(session)
+            wait_s = 0.0
+
+    def _say_goodbye(self, conversations: Conversations) -> None:
+        scheduler = conversations.scheduler
+        for session in [*scheduler.running, *scheduler.waiting]:
+            if not session.over:
+                session.fail(GenerationError("the server is stopping"))
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._phases[name] = time.perf_counter() - began
+        log.info("%s: %.1f s", name, self._phases[name])
+
+
+def warm_up(conversations: Conversations) -> None:
+    """A turn up to its second block: kernels are compiled, speeds measured, sound has come out."""
+    events: list[Event | Exception] = []
+    session = conversations.open(WARM_UP, events.append)
+    conversations.insert(session)
+    blocks: list[AudioDelta] = []
+    while not conversations.idle:
+        conversations.step()
+        blocks = [event for event in events if isinstance(event, AudioDelta)]
+        session.cancelled = len(blocks) >= 2
+    for event in events:
+        if isinstance(event, Exception):
+            raise event
+    if not any(np.frombuffer(block.pcm, "<i2").any() for block in blocks):
+        raise GenerationError("the warm-up turn made no sound; the checkpoint may be damaged")
