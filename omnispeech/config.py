@@ -7,7 +7,7 @@ capitals), else from the file given with `--config` (TOML), else from the defaul
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -21,6 +21,11 @@ def models_directory(flag: str | None) -> Path:
     return Path(flag or os.environ.get("OMNISPEECH_MODELS") or DEFAULT_MODELS)
 
 
+def setting(default: Any, help: str) -> Any:
+    """A field that becomes a flag of the command line, with `help` beside it."""
+    return field(default=default, metadata={"help": help})
+
+
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ConfigError(f"{name}={value}; allowed: {low} to {high}")
@@ -28,14 +33,14 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    max_conversations: int = 8  # rows that share each model call
-    max_waiting: int = 16  # conversations that may wait for a row
-    context_length: int = 8192  # LLM positions of one conversation, prompt and reply
-    kv_tokens: int = 32768  # positions of all conversations together, per language model
-    prefill_tokens: int = 256  # prompt positions per step while others are talking
-    run_ahead: int = 64  # text tokens the LLM may be ahead of the speech
-    max_new_tokens: int = 1024  # text tokens of one reply, whatever the request asks
-    compatible: bool = False  # the original's rules, its defects included
+    max_conversations: int = setting(8, "rows that share each model call")
+    max_waiting: int = setting(16, "conversations that may wait for a row")
+    context_length: int = setting(8192, "LLM positions of one conversation, prompt and reply")
+    kv_tokens: int = setting(32768, "positions of all conversations together, per language model")
+    prefill_tokens: int = setting(256, "prompt positions per step while others are talking")
+    run_ahead: int = setting(64, "text tokens the LLM may be ahead of the speech")
+    max_new_tokens: int = setting(1024, "text tokens of one reply, whatever the request asks")
+    compatible: bool = setting(False, "the original's rules, its defects included")
 
     def __post_init__(self) -> None:
         _check_range("max_conversations", self.max_conversations, 1, 1024)
@@ -55,15 +60,17 @@ class EngineConfig:
 class DecoderConfig:
     """How units become sound: spec of the GLM-4-Voice decoder, streaming."""
 
-    streaming: Literal["corrected", "compatible"] = "corrected"
-    euler_steps: int = 10
-    schedule: Literal["checkpoint", "cosine", "linear"] = "checkpoint"
-    guidance: float = -1.0  # weight of classifier-free guidance; -1: as in the checkpoint
-    context_tokens: int = 120  # units of history a block is conditioned on; 0: all
-    first_block: int = 0  # units; 0: chosen from the measured speed (10 or 20)
-    max_block: int = 200  # blocks grow in steps of ten up to this
-    compatible_block: int = 24  # every block of the compatible mode
-    overlap_frames: int = 34  # mel frames held back and blended with the next block
+    streaming: Literal["corrected", "compatible"] = setting("corrected", "how blocks are joined")
+    euler_steps: int = setting(10, "of the flow, per block")
+    schedule: Literal["checkpoint", "cosine", "linear"] = setting(
+        "checkpoint", "times of the Euler steps"
+    )
+    guidance: float = setting(-1.0, "weight of classifier-free guidance; -1: as in the checkpoint")
+    context_tokens: int = setting(120, "units of history a block is conditioned on; 0: all")
+    first_block: int = setting(0, "units; 0: chosen from the measured speed (10 or 20)")
+    max_block: int = setting(200, "blocks grow in steps of ten up to this")
+    compatible_block: int = setting(24, "every block of the compatible mode")
+    overlap_frames: int = setting(34, "mel frames held back and blended with the next block")
 
     def __post_init__(self) -> None:
         _check_range("euler_steps", self.euler_steps, 1, 1000)
@@ -81,12 +88,12 @@ class DecoderConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    host: str = "127.0.0.1"
-    port: int = 8000
-    model_name: str = "omnispeech"
-    max_audio_s: float = 120.0  # of one audio item
-    max_body_mb: int = 64
-    keep_texts: int = 256  # finished replies of /v1/speech whose text can be asked for
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "0: any free port")
+    model_name: str = setting("omnispeech", "told to clients and controllers")
+    max_audio_s: float = setting(120.0, "of one audio item")
+    max_body_mb: int = setting(64, "of one request")
+    keep_texts: int = setting(256, "finished replies of /v1/speech whose text can be asked for")
 
     def __post_init__(self) -> None:
         _check_range("port", self.port, 0, 65535)
