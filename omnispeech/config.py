@@ -99,6 +99,7 @@ class ServerConfig:
         _check_range("port", self.port, 0, 65535)
         _check_range("max_audio_s", self.max_audio_s, 1.0, 3600.0)
         _check_range("max_body_mb", self.max_body_mb, 1, 4096)
+        _check_range("keep_texts", self.keep_texts, 1, 1_000_000)
 
 
 Config = TypeVar("Config", EngineConfig, DecoderConfig, ServerConfig)

@@ -137,23 +137,37 @@ class Conversations:
         self.scheduler.insert(session)
 
     def step(self) -> bool:
-        """One round over the models; False if there was nothing to do."""
+        """One call of each model, as far as there is work for it; False if there was none."""
         began = time.perf_counter()
-        plan = self.scheduler.plan(began, self.unit_s.value)
-        if plan.idle:
+        self.scheduler.update()
+        worked = [self._hear(began), self._write(began), self._sound()]
+        self.steps += any(worked)
+        return any(worked)
+
+    def _hear(self, now_s: float) -> bool:
+        session = self.scheduler.to_hear(now_s)
+        if session is None:
             return False
-        self.steps += 1
-        runner = self.runner
-        if plan.listen:
-            with plan.listen.own_errors():
-                runner.listen(plan.listen)
-        _together(plan.llm, runner.run_llm, lambda turn: turn.session)
-        if plan.speech:
-            _together(plan.speech, runner.run_speech, lambda session: session)
+        with session.own_errors():
+            self.runner.listen(session)
+        return True
+
+    def _write(self, began: float) -> bool:
+        """Text first: its states may be what the speech waits for."""
+        turns = self.scheduler.llm_turns(began)
+        _together(turns, self.runner.run_llm, lambda turn: turn.session)
+        rows = self.scheduler.speech_rows(began)
+        _together(rows, self.runner.run_speech, lambda session: session)
+        if rows:
             self.unit_s.add(time.perf_counter() - began)
-        if plan.block and not plan.block.session.over:
-            with plan.block.session.own_errors():
-                self._decode(plan.block)
+        return bool(turns or rows)
+
+    def _sound(self) -> bool:
+        block = self.scheduler.block(time.perf_counter(), self.unit_s.value)
+        if block is None:
+            return False
+        with block.session.own_errors():
+            self._decode(block)
         return True
 
     def _decode(self, block: Block) -> None:
@@ -166,14 +180,12 @@ def _together(
     items: Sequence[Item], run: Callable[[Sequence[Item]], None], of: Callable[[Item], Session]
 ) -> None:
     """All in one call. If it fails, one by one: an error reaches its own caller and nobody else."""
-    alive = [item for item in items if not of(item).over]
-    if not alive:
-        return
     try:
-        run(alive)
+        if items:
+            run(items)
     except Exception:
-        log.warning("a call for %d replies failed", len(alive), exc_info=True)
-        for item in alive:
+        log.warning("a call for %d replies failed", len(items), exc_info=True)
+        for item in items:
             with of(item).own_errors():
                 run([item])
 

@@ -4,7 +4,7 @@ A caller builds a `TurnRequest`, iterates over `SpeechEngine.answer(request)` an
 and `AudioDelta` as they are made, then one `Done`. Leaving the iterator early cancels the turn.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -125,6 +125,6 @@ class SpeechEngine(Protocol):
 
     def status(self) -> EngineStatus: ...
 
-    def answer(self, request: TurnRequest) -> AsyncIterator[Event]:
+    def answer(self, request: TurnRequest) -> AsyncGenerator[Event, None]:
         """Raises Overloaded or NotReady, or RequestError, before the first event."""
         ...

@@ -25,18 +25,6 @@ class LLMTurn:
     prompt_positions: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    listen: Session | None  # its sound goes through the encoder
-    llm: list[LLMTurn]
-    speech: list[Session]  # one unit each
-    block: Block | None
-
-    @property
-    def idle(self) -> bool:
-        return not (self.listen or self.llm or self.speech or self.block)
-
-
 class Scheduler:
     """Admits replies while there is room and orders their work by deadline.
 
@@ -65,23 +53,40 @@ class Scheduler:
     def insert(self, session: Session) -> None:
         self.waiting.append(session)
 
-    def plan(self, now_s: float, unit_s: float) -> Plan:
-        """Finished and cancelled replies leave first, then waiting ones join, then work is chosen.
-
-        now_s: the clock; unit_s: seconds one unit takes lately.
-        """
+    def update(self) -> None:
+        """Finished and cancelled replies leave, then waiting ones join."""
         self._dismiss()
         self._admit()
-        by_deadline = sorted(self.running, key=lambda s: _deadline(s, now_s))
-        hurried = [s for s in by_deadline if not _comfortable(s, now_s)]
-        # whoever is comfortably ahead stands back while somebody is not
-        served = hurried or by_deadline
-        return Plan(
-            listen=next((s for s in by_deadline if s.prefilling and not s.heard), None),
-            llm=[*self._prefill(by_deadline), *map(LLMTurn, _text_rows(served))],
-            speech=[s for s in served if s.interleaver.wants_speech],
-            block=self._block(by_deadline, now_s, unit_s),
+
+    def to_hear(self, now_s: float) -> Session | None:
+        """Whose sound goes through the encoder next."""
+        rows = self._by_deadline(now_s)
+        return next((s for s in rows if s.prefilling and not s.heard), None)
+
+    def llm_turns(self, now_s: float) -> list[LLMTurn]:
+        """The rows of the next LLM call: pieces of prompts, and rows that write."""
+        prompts = self._prompt_pieces(self._by_deadline(now_s))
+        return [*prompts, *map(LLMTurn, _text_rows(self._served(now_s)))]
+
+    def speech_rows(self, now_s: float) -> list[Session]:
+        """The rows of the next speech-LM call."""
+        return [s for s in self._served(now_s) if s.interleaver.wants_speech]
+
+    def block(self, now_s: float, unit_s: float) -> Block | None:
+        """The most urgent block of sound that is due. unit_s: seconds one unit takes lately."""
+        return next(
+            filter(None, (self._block(s, now_s, unit_s) for s in self._by_deadline(now_s))), None
         )
+
+    def _by_deadline(self, now_s: float) -> list[Session]:
+        return sorted(
+            (s for s in self.running if not s.over), key=lambda session: _deadline(session, now_s)
+        )
+
+    def _served(self, now_s: float) -> list[Session]:
+        """Whoever is comfortably ahead stands back while somebody is not."""
+        rows = self._by_deadline(now_s)
+        return [s for s in rows if not _comfortable(s, now_s)] or rows
 
     def _dismiss(self) -> None:
         for session in [s for s in self.running if s.over]:
@@ -96,7 +101,7 @@ class Scheduler:
                 return  # first come, first served: a smaller one behind it must not starve it
             self.running.append(self.waiting.popleft())
 
-    def _prefill(self, sessions: Sequence[Session]) -> list[LLMTurn]:
+    def _prompt_pieces(self, sessions: Sequence[Session]) -> list[LLMTurn]:
         """All of a prompt when nobody is talking, else a piece, so that no reply starves."""
         talking = any(s.interleaver.text_ids for s in sessions)
         budget = self._prefill_tokens if talking else sum(s.prompt_left for s in sessions)
@@ -108,19 +113,14 @@ class Scheduler:
                 budget -= count
         return pieces
 
-    def _block(self, sessions: Sequence[Session], now_s: float, unit_s: float) -> Block | None:
-        for session in sessions:
-            pending = len(session.pending_units)
-            if session.interleaver.speech_finish is not None and not session.flushed:
-                most = self._block_rule.fixed or self._block_rule.most
-                final = pending <= most
-                return Block(session, min(pending, most), final)
-            units = self._block_rule.size(
-                pending, session.playback.ahead_s(now_s), unit_s, self._decode_time
-            )
-            if units:
-                return Block(session, units, final=False)
-        return None
+    def _block(self, session: Session, now_s: float, unit_s: float) -> Block | None:
+        pending = len(session.pending_units)
+        if session.interleaver.speech_finish is not None:
+            most = self._block_rule.fixed or self._block_rule.most
+            return Block(session, min(pending, most), final=pending <= most)
+        ahead_s = session.playback.ahead_s(now_s)
+        units = self._block_rule.size(pending, ahead_s, unit_s, self._decode_time)
+        return Block(session, units, final=False) if units else None
 
 
 def _deadline(session: Session, now_s: float) -> tuple[int, float]:

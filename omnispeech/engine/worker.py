@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import numpy as np
@@ -94,7 +94,7 @@ class Worker:
             phases=dict(self._phases),
         )
 
-    async def answer(self, request: TurnRequest) -> AsyncIterator[Event]:
+    async def answer(self, request: TurnRequest) -> AsyncGenerator[Event, None]:
         if not self._ready:
             raise NotReady(self._failure or "the models are still being loaded; try again later")
         with self._place():
