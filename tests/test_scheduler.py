@@ -1,0 +1,206 @@
+"""Who joins, who goes first: no tensors, no clock but the one passed in."""
+
+from typing import Any
+
+import numpy as np
+
+from omnispeech.engine.events import Message, Text, TurnRequest
+from omnispeech.engine.interleave import Rules
+from omnispeech.engine.playback import BlockRule, DecodeTime
+from omnispeech.engine.sampling import Sampler
+from omnispeech.engine.scheduler import Scheduler
+from omnispeech.engine.session import Session
+from omnispeech.layers.kv_cache import Row
+
+REQUEST = TurnRequest(messages=(Message("user", (Text("?"),)),))
+RULES = Rules(
+    read=2,
+    write=4,
+    text_limit=100,
+    unit_limit=50,
+    text_end=frozenset([1]),
+    speech_end=frozenset([2]),
+    run_ahead=8,
+)
+
+
+class Memory:
+    """Positions, given and taken back."""
+
+    def __init__(self, free: int = 10_000) -> None:
+        self.free = free
+
+    def enter(self, session: Session) -> bool:
+        if session.prompt_length > self.free:
+            return False
+        self.free -= session.prompt_length
+        session.llm_row = Row(0, session.prompt_length)
+        return True
+
+    def leave(self, session: Session) -> None:
+        self.free += session.prompt_length
+
+
+def scheduler(memory: Memory | None = None, **settings: int) -> Scheduler:
+    memory = memory or Memory()
+    return Scheduler(
+        max_running=settings.get("max_running", 8),
+        prefill_tokens=settings.get("prefill_tokens", 16),
+        enter=memory.enter,
+        leave=memory.leave,
+        block_rule=BlockRule(step=10, first=10, most=100),
+        decode_time=DecodeTime(unit_audio_s=0.08, held_back_s=0.4),
+    )
+
+
+def session(created_s: float = 0.0, length: int = 40, *, heard: bool = True) -> Session:
+    nothing: Any = None
+    return Session(
+        request=REQUEST,
+        rules=RULES,
+        prompt=[],
+        mels=[],
+        valid_frames=[],
+        prompt_length=length,
+        text_sampler=Sampler(),
+        speech_sampler=Sampler(),
+        text_stream=nothing,
+        vocoder=nothing,
+        seed=0,
+        emit=lambda event: None,
+        created_s=created_s,
+        prompt_vectors=np.zeros(1) if heard else nothing,  # type: ignore[arg-type]
+    )
+
+
+def talking(created_s: float = 0.0, *, heard_until_s: float | None = None) -> Session:
+    """Its prompt is read and two tokens are written; its listener runs dry at `heard_until_s`."""
+    one = session(created_s)
+    one.interleaver.add_text(9)
+    one.interleaver.add_text(9)
+    if heard_until_s is not None:
+        one.playback.sent(heard_until_s, now_s=0.0)
+    return one
+
+
+def started(*sessions: Session, **settings: int) -> Scheduler:
+    one = scheduler(**settings)
+    for each in sessions:
+        one.insert(each)
+    one.update()
+    for each in sessions:
+        if each.interleaver.text_ids and each.llm_row:
+            each.llm_row.length = each.prompt_length
+    return one
+
+
+def test_first_come_first_served_even_if_a_smaller_one_would_fit() -> None:
+    memory = Memory(free=50)
+    one = scheduler(memory)
+    first, large, small = session(length=40), session(length=30), session(length=5)
+    for each in (first, large, small):
+        one.insert(each)
+    one.update()
+    assert one.running == [first]
+    first.cancelled = True
+    one.update()
+    assert one.running == [large, small]
+
+
+def test_no_more_rows_than_the_setting_allows() -> None:
+    one = started(*(session() for _ in range(5)), max_running=3)
+    assert (len(one.running), len(one.waiting)) == (3, 2)
+
+
+def test_cancelled_session_is_never_prefilled() -> None:
+    gone = session()
+    gone.cancelled = True
+    one = started(gone)
+    assert one.running == []
+    assert one.llm_turns(0.0) == []
+
+
+def test_memory_of_a_cancelled_session_is_given_back_once() -> None:
+    memory = Memory(free=100)
+    one, gone = scheduler(memory), session(length=60)
+    one.insert(gone)
+    one.update()
+    gone.cancelled = True
+    one.update()
+    one.update()
+    assert memory.free == 100
+
+
+def test_prompt_is_read_whole_when_nobody_talks_and_in_pieces_when_somebody_does() -> None:
+    assert [t.prompt_positions for t in started(session()).llm_turns(0.0)] == [40]
+    turns = started(session(), talking()).llm_turns(0.0)
+    assert [t.prompt_positions for t in turns if t.prompt_positions] == [16]
+
+
+def test_a_prompt_with_sound_is_heard_before_it_is_read() -> None:
+    deaf = session(heard=False)
+    one = started(deaf)
+    assert one.to_hear(0.0) is deaf
+    assert one.llm_turns(0.0) == []
+
+
+def test_unheard_replies_come_first_oldest_first_then_the_one_that_runs_dry_soonest() -> None:
+    late, early = talking(created_s=2.0), talking(created_s=1.0)
+    dry, soon = talking(heard_until_s=0.9), talking(heard_until_s=0.5)
+    one = started(dry, late, soon, early)
+    assert one.speech_rows(0.0) == [early, late, soon, dry]
+
+
+def test_a_reply_far_ahead_of_its_listener_stands_back_for_others() -> None:
+    comfortable, hurried = talking(heard_until_s=5.0), talking(heard_until_s=0.4)
+    one = started(comfortable, hurried)
+    assert one.speech_rows(0.0) == [hurried]
+    hurried.cancelled = True
+    assert one.speech_rows(0.0) == [comfortable]
+
+
+def test_llm_rows_run_ahead_only_when_nobody_waits_for_sound() -> None:
+    ahead, unheard = talking(heard_until_s=0.5), talking()
+    for each in (ahead, unheard):
+        each.interleaver.next_input()  # now writing units: neither needs text
+    one = started(ahead, unheard)
+    assert one.llm_turns(0.0) == []
+    unheard.cancelled = True
+    assert [t.session for t in one.llm_turns(0.0)] == [ahead]
+
+
+def test_llm_rows_that_run_ahead_ride_along_with_one_that_is_needed() -> None:
+    ahead, unheard, needy = talking(heard_until_s=0.5), talking(), session()
+    for each in (ahead, unheard):
+        each.interleaver.next_input()
+    needy.interleaver.add_text(9)
+    one = started(ahead, unheard, needy)
+    assert {id(t.session) for t in one.llm_turns(0.0)} == {id(ahead), id(unheard), id(needy)}
+
+
+def test_the_most_urgent_block_is_decoded_first() -> None:
+    calm, dry = talking(heard_until_s=0.9), talking(heard_until_s=0.1)
+    for each in (calm, dry):
+        each.pending_units = list(range(25))
+    block = started(calm, dry).block(0.0, unit_s=0.1)
+    assert block is not None
+    assert (block.session, block.units, block.final) == (dry, 20, False)
+
+
+def test_the_last_block_takes_what_is_left_and_is_final() -> None:
+    one = talking(heard_until_s=0.5)
+    one.pending_units = list(range(107))
+    one.interleaver.speech_finish = "stop"
+    engine = started(one)
+    first = engine.block(0.0, unit_s=0.1)
+    assert first is not None and (first.units, first.final) == (100, False)
+    one.pending_units = one.pending_units[100:]
+    last = engine.block(0.0, unit_s=0.1)
+    assert last is not None and (last.units, last.final) == (7, True)
+
+
+def test_a_reply_that_ended_with_a_whole_block_is_still_finalised() -> None:
+    one = talking(heard_until_s=0.5)
+    one.interleaver.speech_finish = "stop"
+    last = started(one).block(0.0, unit_s=0.1)
+    assert last is not None and (last.units, last.final) == (0, True)
