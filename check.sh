@@ -1,7 +1,10 @@
 #!/bin/sh -e
-# Format, lint, types, tests.
+# Format, lint, types and tests, in an environment it makes itself. Arguments go to pytest.
 cd "$(dirname "$0")"
-ruff format --check .
-ruff check .
-mypy
-pytest "$@"
+# shellcheck source=environment.sh
+. ./environment.sh
+make_environment requirements-dev.txt
+"$bin/ruff" format --check .
+"$bin/ruff" check .
+"$bin/mypy"
+"$bin/pytest" -n auto "$@"

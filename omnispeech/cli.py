@@ -26,8 +26,6 @@ from omnispeech.errors import OmniSpeechError
 
 log = logging.getLogger(__name__)
 
-GRACE_S = 30  # replies under way may finish this long after a stop signal
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`omnispeech COMMAND ...`; the exit status."""
@@ -106,27 +104,14 @@ def serve(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
 
-    import uvicorn
-
     from omnispeech.engine.worker import Worker
     from omnispeech.server.app import create_app
+    from omnispeech.server.http import HTTPServer
 
     load = partial(load_models, directory, device, dtype, compatible=engine.compatible)
     worker = Worker(load, engine, decoder)
-    http = uvicorn.Server(
-        uvicorn.Config(
-            create_app(worker, server),
-            host=server.host,
-            port=server.port,
-            log_level="info",
-            timeout_graceful_shutdown=GRACE_S,
-        )
-    )
-
-    def stop() -> None:
-        http.should_exit = True
-
-    worker.start(on_failure=stop)
+    http = HTTPServer(create_app(worker, server), server)
+    worker.start(on_failure=http.stop)
     try:
         http.run()
     finally:

@@ -1,0 +1,177 @@
+"""The commands, as a user types them."""
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import soundfile
+
+from omnispeech import __version__
+from omnispeech.cli import main, worker
+
+ROOT = Path(__file__).parent.parent
+QUESTION = ROOT / "examples" / "question.wav"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("models")
+    assert main(["tiny", str(directory), "--seed", "3"]) == 0
+    return directory
+
+
+class Server:
+    """`python model_worker.py`, its address once it is known, and what it printed."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "model_worker.py", *arguments],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        self.lines.extend(iter(self.process.stderr.readline, ""))
+
+    @property
+    def url(self) -> str:
+        while True:
+            for line in list(self.lines):
+                if match := re.search(r"running on (http://\S+)", line):
+                    return match[1]
+            assert self.process.poll() is None, "".join(self.lines)
+            time.sleep(0.02)
+
+    def until_ready(self) -> str:
+        while httpx.get(f"{self.url}/ready").status_code != 200:
+            time.sleep(0.1)
+        return self.url
+
+    def close(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        status = self.process.wait(timeout=30)
+        self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return status
+
+
+@pytest.fixture(scope="module")
+def server(models: Path) -> Iterator[Server]:
+    one = Server("--models", str(models), "--port", "0", "--device", "cpu")
+    yield one
+    one.close()
+
+
+def test_health_answers_before_the_models_are_ready(server: Server) -> None:
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    server.until_ready()
+
+
+def test_a_spoken_question_is_answered_over_http(server: Server, tmp_path: Path) -> None:
+    reply = tmp_path / "reply.wav"
+    url = server.until_ready()
+    asked = ["say", str(QUESTION), "-o", str(reply), "--server", url, "--seed", "5"]
+    assert main(asked) == 0
+    samples, rate_hz = soundfile.read(reply)
+    assert rate_hz == 22050
+    assert abs(samples).max() > 0.01
+
+
+def test_length_of_the_sound_is_that_of_its_units(server: Server) -> None:
+    """441 frames of 256 samples per 64 units, rounded down."""
+    url = server.until_ready()
+    answer = httpx.post(
+        f"{url}/v1/speech?format=pcm&max_new_tokens=8&seed=1", content=QUESTION.read_bytes()
+    )
+    turn = httpx.get(f"{url}/v1/speech/{answer.headers['X-Turn-Id']}").json()
+    assert len(answer.content) / 2 == turn["usage"]["units"] * 441 // 64 * 256
+
+
+def test_a_seed_gives_the_same_reply_again(server: Server) -> None:
+    url = server.until_ready()
+    texts = []
+    for _ in range(2):
+        answer = httpx.post(
+            f"{url}/v1/speech?format=pcm&max_new_tokens=16&seed=9", content=QUESTION.read_bytes()
+        )
+        texts.append(httpx.get(f"{url}/v1/speech/{answer.headers['X-Turn-Id']}").json()["text"])
+    assert texts[0] == texts[1] != ""
+
+
+def test_sigterm_ends_the_server_cleanly(models: Path) -> None:
+    one = Server("--models", str(models), "--port", "0", "--device", "cpu")
+    one.until_ready()
+    assert one.close() == 0
+    assert not [line for line in one.lines if "Traceback" in line]
+
+
+def test_damaged_models_end_the_server_with_the_reason(models: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "models"
+    for name in ("OpenS2S", "glm-4-voice-decoder"):
+        (broken / name).mkdir(parents=True)
+    one = Server("--models", str(broken), "--port", "0", "--device", "cpu")
+    assert one.process.wait(timeout=60) == 1
+    one.close()
+    assert "config.json" in "".join(one.lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--models", "/no/such/place"], "omnispeech tiny /no/such/place"),
+        (["--models", "MODELS", "--device", "gpu"], "allowed: auto, cpu, cuda"),
+        (["--models", "MODELS", "--dtype", "int3"], "allowed: auto, bf16, fp16, fp32"),
+        (["--models", "MODELS", "--port", "99999"], "port=99999; allowed: 0 to 65535"),
+        (["--config", "/no/such/file.toml"], "does not exist"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_line(
+    arguments: list[str], message: str, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert worker([str(models) if a == "MODELS" else a for a in arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_tiny_refuses_to_overwrite(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tiny", str(models)]) == 1
+    assert str(models) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("golden", ["opens2s", "decoder"])
+def test_parity_passes_on_the_golden_sets(golden: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["parity", str(ROOT / "tests" / "golden" / golden)]) == 0
+    assert re.search(r"[1-9]\d* compared, 0 failed", capsys.readouterr().out)
+
+
+def test_parity_of_nothing_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["parity", str(tmp_path)]) == 1
+    assert "no golden directory" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_help_of_the_worker_shows_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        worker(["--help"])
+    shown = capsys.readouterr().out
+    assert all(flag in shown for flag in ("--host", "--port", "--models", "--device", "--dtype"))
+    assert "--max-conversations" in shown

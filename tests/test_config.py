@@ -1,0 +1,103 @@
+"""Settings: flags before environment before file before default, and each checks itself."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from omnispeech.config import (
+    DecoderConfig,
+    EngineConfig,
+    ServerConfig,
+    build_config,
+    models_directory,
+    read_config_file,
+)
+from omnispeech.errors import ConfigError
+
+
+def test_flag_beats_environment_beats_file_beats_default() -> None:
+    environ = {"OMNISPEECH_PORT": "2", "OMNISPEECH_HOST": "::1"}
+    file = {"port": 3, "host": "a", "model_name": "b"}
+    config = build_config(ServerConfig, {"port": 1, "host": None}, file, environ)
+    assert (config.port, config.host, config.model_name) == (1, "::1", "b")
+    assert config.max_body_mb == ServerConfig().max_body_mb
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "message"),
+    [
+        (EngineConfig, {"max_conversations": 0}, "max_conversations=0; allowed: 1 to"),
+        (EngineConfig, {"kv_tokens": 100}, "kv_tokens=100 is less than context_length"),
+        (DecoderConfig, {"overlap_frames": 5}, "overlap_frames=5; allowed: 19 to"),
+        (DecoderConfig, {"context_tokens": 25}, "context_tokens=25; allowed: multiples of 10"),
+        (ServerConfig, {"port": 70000}, "port=70000; allowed: 0 to 65535"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_what_is_allowed(
+    config: Any, values: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**values)
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"OMNISPEECH_PORT": "http"}, "OMNISPEECH_PORT='http' is not a whole number"),
+        ({"OMNISPEECH_MAX_AUDIO_S": "long"}, "is not a number"),
+    ],
+)
+def test_environment_that_is_no_number_is_refused(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config(ServerConfig, {}, {}, environ)
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("0", False), ("False", False)])
+def test_environment_says_true_or_false(text: str, value: bool) -> None:
+    environ = {"OMNISPEECH_COMPATIBLE": text}
+    assert build_config(EngineConfig, {}, {}, environ).compatible is value
+
+
+def test_choices_are_checked_wherever_they_come_from() -> None:
+    with pytest.raises(ConfigError, match="streaming='fast'; allowed: corrected, compatible"):
+        build_config(DecoderConfig, {}, {"streaming": "fast"}, {})
+    with pytest.raises(ConfigError, match="OMNISPEECH_COMPATIBLE='maybe'"):
+        build_config(EngineConfig, {}, {}, {"OMNISPEECH_COMPATIBLE": "maybe"})
+
+
+def test_config_file_with_a_typo_names_the_key(tmp_path: Path) -> None:
+    file = tmp_path / "omnispeech.toml"
+    file.write_text("max_convresations = 4\n")
+    with pytest.raises(ConfigError, match="unknown key 'max_convresations'"):
+        read_config_file(file)
+
+
+def test_config_file_with_a_wrong_type_names_the_key(tmp_path: Path) -> None:
+    file = tmp_path / "omnispeech.toml"
+    file.write_text('port = "8000"\nmax_audio_s = 30\n')
+    values = read_config_file(file)
+    with pytest.raises(ConfigError, match="port='8000' is not a whole number"):
+        build_config(ServerConfig, {}, values, {})
+    assert build_config(ServerConfig, {"port": 1}, values, {}).max_audio_s == 30.0
+
+
+@pytest.mark.parametrize("text", ["port = ", None])
+def test_config_file_that_is_missing_or_no_toml_is_refused(
+    tmp_path: Path, text: str | None
+) -> None:
+    file = tmp_path / "omnispeech.toml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=r"omnispeech\.toml"):
+        read_config_file(file)
+
+
+def test_models_directory_is_the_flag_else_the_environment_else_models(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMNISPEECH_MODELS", "/somewhere")
+    assert models_directory("/here") == Path("/here")
+    assert models_directory(None) == Path("/somewhere")
+    monkeypatch.delenv("OMNISPEECH_MODELS")
+    assert models_directory(None) == Path("/models")
