@@ -127,6 +127,16 @@ def test_fundamental_is_a_sine_of_its_pitch(hift: HiFT) -> None:
     torch.testing.assert_close(sines[0, 2], wanted, atol=2e-5, rtol=0)
 
 
+def test_cycles_counted_in_float64_make_the_same_sines(hift: HiFT) -> None:
+    f0 = 20 + 200 * torch.rand(1, 2000, generator=RANDOM)
+    phases, noise = torch.rand(1, 9, generator=RANDOM), torch.zeros(1, 9, 2000)
+    zero = torch.zeros(1, dtype=torch.float64)
+    original = hift.m_source.l_sin_gen(f0, phases, noise)
+    counted = hift.m_source.l_sin_gen(f0, phases, noise, zero)
+    # float32 sums of up to a hundred cycles
+    torch.testing.assert_close(counted, original, atol=2e-5, rtol=0)
+
+
 def test_carried_cycles_continue_the_sines_where_they_stopped(hift: HiFT) -> None:
     f0 = 200 * torch.rand(1, 20, generator=RANDOM)
     phases, noise = torch.rand(1, 9, generator=RANDOM), torch.zeros(1, 9, 20 * 256)

@@ -260,6 +260,21 @@ def test_bounded_context_makes_as_many_new_frames_as_all_of_it(
         assert frames - prompt == new + (34 if k else 0)
 
 
+@pytest.mark.parametrize("context", [0, 20])
+def test_prompt_is_the_last_final_frames(decoder: SpeechDecoder, context: int) -> None:
+    config = DecoderConfig(euler_steps=1, context_tokens=context)
+    stream = open_stream(decoder, config, seed=5)
+    assert isinstance(stream, CorrectedStream)
+    prompts: list[Tensor] = []
+    handle = decoder.flow.register_forward_hook(lambda _, args, __: prompts.append(args[3]))
+    for _ in range(5):
+        final = stream._mel
+        stream.push(some_units(13), False)
+        assert torch.equal(prompts[-1], final[:, :, final.shape[2] - prompts[-1].shape[2] :])
+    handle.remove()
+    assert prompts[-1].shape[2] > 100
+
+
 @pytest.mark.parametrize("context", [0, 10, 30])
 def test_frame_keeps_its_noise_when_history_is_cut(decoder: SpeechDecoder, context: int) -> None:
     config = DecoderConfig(euler_steps=1, context_tokens=context)

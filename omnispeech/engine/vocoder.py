@@ -40,6 +40,11 @@ class VocoderStream(ABC):
     def units(self) -> int:
         return self._pushed
 
+    @property
+    def context(self) -> int:
+        """Units that the next block will be decoded together with."""
+        return len(self._ids)
+
     def push(self, units: Sequence[int], final: bool) -> Tensor:
         """-> samples [N] on the CPU, possibly none; after `final` there is no more to come.
 
