@@ -66,7 +66,7 @@ class DecoderConfig:
         "checkpoint", "times of the Euler steps"
     )
     guidance: float = setting(-1.0, "weight of classifier-free guidance; -1: as in the checkpoint")
-    context_tokens: int = setting(120, "units of history a block is conditioned on; 0: all")
+    context_tokens: int = setting(60, "units of history a block is conditioned on; 0: all")
     first_block: int = setting(0, "units; 0: chosen from the measured speed (10 or 20)")
     max_block: int = setting(200, "blocks grow in steps of ten up to this")
     compatible_block: int = setting(24, "every block of the compatible mode")

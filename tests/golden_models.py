@@ -27,7 +27,7 @@ def golden_models(*, compatible: bool = False) -> Models:
     loaded = load_opens2s(path, torch.device("cpu"), torch.float32)
     language = replace(language_models(path, loaded, compatible=compatible), unit_limit=40)
     fields = {name: getattr(language, name) for name in LanguageModels.__dataclass_fields__}
-    return Models(**fields, decoder=load_decoder(GOLDEN / "decoder"))
+    return Models(**fields, decoder=load_decoder(GOLDEN / "decoder", convert=False))
 
 
 def conversations(decoder: DecoderConfig | None = None, **changes: Any) -> Conversations:

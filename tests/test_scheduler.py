@@ -1,12 +1,13 @@
 """Who joins, who goes first: no tensors, no clock but the one passed in."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from omnispeech.engine.events import Message, Text, TurnRequest
 from omnispeech.engine.interleave import Rules
-from omnispeech.engine.playback import BlockRule, DecodeTime
+from omnispeech.engine.playback import BlockRule, LinearCost
 from omnispeech.engine.sampling import Sampler
 from omnispeech.engine.scheduler import Scheduler
 from omnispeech.engine.session import Session
@@ -48,8 +49,10 @@ def scheduler(memory: Memory | None = None, **settings: int) -> Scheduler:
         prefill_tokens=settings.get("prefill_tokens", 16),
         enter=memory.enter,
         leave=memory.leave,
-        block_rule=BlockRule(step=10, first=10, most=100),
-        decode_time=DecodeTime(unit_audio_s=0.08, held_back_s=0.4),
+        block_rule=BlockRule(
+            step=10, first=10, most=100, fixed=0, unit_audio_s=0.08, held_back_s=0.4
+        ),
+        decode_cost=LinearCost(),
     )
 
 
@@ -65,7 +68,7 @@ def session(created_s: float = 0.0, length: int = 40, *, heard: bool = True) -> 
         text_sampler=Sampler(),
         speech_sampler=Sampler(),
         text_stream=nothing,
-        vocoder=nothing,
+        vocoder=SimpleNamespace(context=0),  # type: ignore[arg-type]
         seed=0,
         emit=lambda event: None,
         created_s=created_s,

@@ -16,7 +16,7 @@ from omnispeech.audio.features import log_mel
 from omnispeech.config import DecoderConfig, EngineConfig
 from omnispeech.engine.events import Audio, Event, Message, Samples, Text, TurnRequest
 from omnispeech.engine.interleave import Rules
-from omnispeech.engine.playback import Average, BlockRule, DecodeTime
+from omnispeech.engine.playback import Average, BlockRule, LinearCost
 from omnispeech.engine.runner import Models, Runner
 from omnispeech.engine.scheduler import Block, Scheduler
 from omnispeech.engine.session import Session, samplers
@@ -38,12 +38,9 @@ class Conversations:
         self.runner = Runner(models, config.kv_tokens)
         self.steps = 0
         self.unit_s = Average()
+        self._decode_cost = LinearCost()
         flow = models.decoder.flow
         frame_s = models.decoder.hift.config.hop / models.decoder.sample_rate_hz
-        self._decode_time = DecodeTime(
-            unit_audio_s=flow.frames(100) * frame_s / 100,
-            held_back_s=decoder.overlap_frames * frame_s,
-        )
         self.scheduler = Scheduler(
             max_running=config.max_conversations,
             prefill_tokens=config.prefill_tokens,
@@ -54,8 +51,10 @@ class Conversations:
                 first=decoder.first_block,
                 most=decoder.max_block,
                 fixed=decoder.compatible_block if decoder.streaming == "compatible" else 0,
+                unit_audio_s=flow.frames(100) * frame_s / 100,
+                held_back_s=decoder.overlap_frames * frame_s,
             ),
-            decode_time=self._decode_time,
+            decode_cost=self._decode_cost,
         )
 
     def open(self, request: TurnRequest, emit: Callable[[Event | Exception], None]) -> Session:
@@ -171,9 +170,10 @@ class Conversations:
         return True
 
     def _decode(self, block: Block) -> None:
+        window = block.session.vocoder.context + block.units
         began = time.perf_counter()
         self.runner.decode(block)
-        self._decode_time.cost.add(block.units, time.perf_counter() - began)
+        self._decode_cost.add(window, time.perf_counter() - began)
 
 
 def _together(

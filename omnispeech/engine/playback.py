@@ -3,11 +3,13 @@
 The first block is small, so that sound starts early. After that a block grows, in steps of the
 flow encoder's own block, as long as the listener's unheard sound lasts until one more step would
 be written and decoded: fewer seams and less repeated work at no cost in waiting.
+Speeds are measured as the machine runs, with all its conversations.
 """
 
 from dataclasses import dataclass, field
 
 SAFETY_S = 0.3  # sound the listener should still have when a block arrives
+NEARLY = 1.25
 COMFORT_S = 1.0  # a reply this far ahead of its listener can wait for others
 
 
@@ -46,52 +48,70 @@ class Average:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How fast the machine is lately, for one reply among the others."""
+
+    unit_s: float  # seconds in which every reply gets one more unit written
+    talkers: int  # replies that want sound, this one included
+    context: int  # units the next block is conditioned on
+    cost: LinearCost  # of decoding, over the units in the window
+
+    def decode_s(self, units: int) -> float:
+        return self.cost.predict(self.context + units)
+
+    def write_s(self, units: int, block: int) -> float:
+        """Until `units` more are written, while the others have blocks of that size decoded."""
+        others_s = (self.talkers - 1) * self.decode_s(block) / block
+        return units * (self.unit_s + others_s)
+
+    def cycle_s(self, block: int) -> float:
+        """From one block of that size to the next."""
+        return self.write_s(block, block) + self.decode_s(block)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BlockRule:
-    """How many units make a block. Speeds are of the whole machine as it was busy lately."""
-
     step: int  # units; blocks are multiples of it
-    first: int  # units of the first block; 0: chosen from the speed
+    first: int  # units of the first block; 0: chosen from the pace
     most: int
-    fixed: int = 0  # every block has this size (compatible mode); 0: blocks grow
+    fixed: int  # every block has this size (compatible mode); 0: blocks grow
+    unit_audio_s: float  # seconds of sound per unit
+    held_back_s: float  # sound the first block keeps for blending with the next
 
-    def size(self, pending: int, ahead_s: float | None, unit_s: float, decode: "DecodeTime") -> int:
+    def size(self, pending: int, ahead_s: float | None, pace: Pace) -> int:
         """Units to decode now, 0: wait for more.
 
         pending: units written but not decoded; ahead_s: unheard seconds the listener has, None
-        before the first block; unit_s: seconds per unit written.
+        before the first block.
         """
         if self.fixed:
             return self.fixed if pending >= self.fixed else 0
         whole = min(pending // self.step * self.step, self.most)
         if ahead_s is None:
-            first = self.first or self._first(unit_s, decode)
+            first = self.first or self._first(pace)
             return first if pending >= first else 0
-        if not whole or whole == self.most:
+        if whole == self.most:
             return whole
-        wait = (whole + self.step - pending) * unit_s + decode.seconds(whole + self.step)
-        return whole if ahead_s - SAFETY_S < wait else 0
+        if whole < self._least(pace):
+            return 0
+        wait_s = pace.write_s(whole + self.step - pending, whole) + pace.decode_s(whole + self.step)
+        return whole if ahead_s - SAFETY_S < wait_s else 0
 
-    def _first(self, unit_s: float, decode: "DecodeTime") -> int:
+    def _first(self, pace: Pace) -> int:
         """One step if the next block can be there before the first one was heard, else two."""
-        heard_s = decode.audible_s(self.step)
-        next_s = self.step * unit_s + decode.seconds(2 * self.step)
+        heard_s = self.step * self.unit_audio_s - self.held_back_s
+        next_s = pace.write_s(self.step, self.step) + pace.decode_s(2 * self.step)
         return self.step if next_s <= heard_s else 2 * self.step
 
-
-@dataclass(slots=True, kw_only=True)
-class DecodeTime:
-    """What decoding costs and yields."""
-
-    unit_audio_s: float  # seconds of sound per unit
-    held_back_s: float  # seconds a block keeps for blending with the next
-    cost: LinearCost = field(default_factory=LinearCost)
-
-    def seconds(self, units: int) -> float:
-        return self.cost.predict(units)
-
-    def audible_s(self, units: int) -> float:
-        """Of a first block."""
-        return units * self.unit_audio_s - self.held_back_s
+    def _least(self, pace: Pace) -> int:
+        """The smallest block at which sound is made as fast as it is heard. Every block costs its
+        context again, so a machine that falls behind with small ones would fall ever further.
+        One that is too slow at any size takes nearly the cheapest."""
+        enough_s = self.unit_audio_s
+        cheapest_s = pace.cycle_s(self.most) / self.most
+        bearable_s = max(enough_s, NEARLY * cheapest_s)
+        sizes = range(self.step, self.most, self.step)
+        return next((n for n in sizes if pace.cycle_s(n) <= n * bearable_s), self.most)
 
 
 @dataclass(slots=True)

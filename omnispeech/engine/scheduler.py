@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from omnispeech.engine.playback import COMFORT_S, BlockRule, DecodeTime
+from omnispeech.engine.playback import COMFORT_S, BlockRule, LinearCost, Pace
 from omnispeech.engine.session import Session
 
 
@@ -39,7 +39,7 @@ class Scheduler:
         enter: Callable[[Session], bool],
         leave: Callable[[Session], None],
         block_rule: BlockRule,
-        decode_time: DecodeTime,
+        decode_cost: LinearCost,
     ) -> None:
         self.waiting: deque[Session] = deque()
         self.running: list[Session] = []
@@ -48,7 +48,7 @@ class Scheduler:
         self._enter = enter
         self._leave = leave
         self._block_rule = block_rule
-        self._decode_time = decode_time
+        self._decode_cost = decode_cost
 
     def insert(self, session: Session) -> None:
         self.waiting.append(session)
@@ -118,8 +118,13 @@ class Scheduler:
         if session.interleaver.speech_finish is not None:
             most = self._block_rule.fixed or self._block_rule.most
             return Block(session, min(pending, most), final=pending <= most)
-        ahead_s = session.playback.ahead_s(now_s)
-        units = self._block_rule.size(pending, ahead_s, unit_s, self._decode_time)
+        pace = Pace(
+            unit_s=unit_s,
+            talkers=sum(s.interleaver.speech_finish is None for s in self.running),
+            context=session.vocoder.context,
+            cost=self._decode_cost,
+        )
+        units = self._block_rule.size(pending, session.playback.ahead_s(now_s), pace)
         return Block(session, units, final=False) if units else None
 
 
