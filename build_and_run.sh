@@ -97,6 +97,8 @@ stop_server
 if [ -z "$models" ]; then
     models=$PWD/.local/models
     [ -d "$models" ] || "$bin/omnispeech" tiny "$models"
+    # so small a model is slower with more threads: they wait for each other
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 fi
 [[ $models == /* ]] || models=$caller/$models
 [ -z "$once" ] || trap stop_server EXIT
