@@ -157,7 +157,9 @@ async def bench(args: argparse.Namespace, models: Path) -> None:
     device = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)
     most = max(args.conversations)
-    config = EngineConfig(max_conversations=most, kv_tokens=max(8192, 2048 * most))
+    config = EngineConfig(
+        max_conversations=most, kv_tokens=max(8192, 2048 * most), reuse_prefixes=False
+    )
     worker = Worker(partial(load_models, models, device, dtype), config)
     worker.start()
     while not (status := worker.status()).ready:

@@ -40,6 +40,7 @@ class EngineConfig:
     prefill_tokens: int = setting(256, "prompt positions per step while others are talking")
     run_ahead: int = setting(64, "text tokens the LLM may be ahead of the speech")
     max_new_tokens: int = setting(1024, "text tokens of one reply, whatever the request asks")
+    reuse_prefixes: bool = setting(True, "keep what finished turns have read for the next turn")
     compatible: bool = setting(False, "the original's rules, its defects included")
 
     def __post_init__(self) -> None:

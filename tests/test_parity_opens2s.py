@@ -59,16 +59,29 @@ def rows() -> list[Row]:
 
 def test_every_golden_number_is_reproduced(rows: list[Row]) -> None:
     assert [row for row in rows if not row.passed] == []
-    assert {row.case for row in rows} == {
+
+
+def test_every_golden_tensor_and_every_generation_is_compared(rows: list[Row]) -> None:
+    compared = {(row.case, row.stage) for row in rows}
+    cases = list(read_cases(GOLDEN / "opens2s-tiny"))
+    assert {case.name for case in cases} == {
         f"opens2s-tiny/{case}" for case in ("text", "audio2s", "twoturn")
     }
+    for case in cases:
+        assert {(case.name, name) for name in case.tensors} <= compared
+        for name, facts in case.facts["generations"].items():
+            assert {(f"{case.name}/{name}", key) for key in ("text_ids", "unit_ids")} <= compared
+            assert facts["text_ids"]
 
 
-def test_every_golden_tensor_before_the_language_models_is_compared(rows: list[Row]) -> None:
-    compared = {(row.case, row.stage) for row in rows}
-    for case in read_cases(GOLDEN / "opens2s-tiny"):
-        before = {n for n in case.tensors if not n.startswith(("gen.", "prompt_h", "first_l"))}
-        assert before and {(case.name, name) for name in before} <= compared
+def test_a_changed_id_of_a_generation_fails(golden: Path) -> None:
+    path = golden / "expected-opens2s-tiny/audio2s.json"
+    facts = json.loads(path.read_text())
+    facts["generations"]["limits"]["unit_ids"][3] += 1
+    facts["generations"]["limits"]["surprise"] = 1
+    path.write_text(json.dumps(facts))
+    change_expected(golden, **{"gen.surprise.tts_cond": torch.zeros(2)})
+    assert failures(golden) == ["surprise", "unit_ids", "gen.surprise.tts_cond (unknown)"]
 
 
 def test_facts_of_the_json_file_are_compared(rows: list[Row]) -> None:
@@ -99,7 +112,9 @@ def test_a_changed_weight_fails_from_its_stage_on(golden: Path) -> None:
     weights = load_file(path)
     weights["audio_adapter.ln.bias"] += 0.01
     save_file(weights, path)
-    assert failures(golden) == ["adapter_out_0", "prompt_embeds"]
+    failed = failures(golden)
+    assert failed[:2] == ["adapter_out_0", "prompt_embeds"]
+    assert {"prompt_hidden", "first_logits"} <= set(failed)
 
 
 def test_a_changed_fact_fails(golden: Path) -> None:

@@ -61,7 +61,7 @@ async def test_leaving_early_cancels_the_reply(worker: Worker) -> None:
     while worker.conversations.scheduler.running:
         await asyncio.sleep(0.01)
     assert worker.status().waiting == 0
-    assert worker.conversations.runner.llm_cache.free_tokens == SMALL.kv_tokens
+    assert worker.conversations.runner.speech_cache.free_tokens == SMALL.kv_tokens
 
 
 async def test_a_refused_request_gives_its_place_back(worker: Worker) -> None:

@@ -4,6 +4,7 @@
 of it goes through the session's own `emit`.
 """
 
+import hashlib
 import logging
 import random
 import time
@@ -17,12 +18,13 @@ from omnispeech.config import DecoderConfig, EngineConfig
 from omnispeech.engine.events import Audio, Event, Message, Samples, Text, TurnRequest
 from omnispeech.engine.interleave import Rules
 from omnispeech.engine.playback import Average, BlockRule, LinearCost
+from omnispeech.engine.prefix_cache import Position
 from omnispeech.engine.runner import Models, Runner
 from omnispeech.engine.scheduler import Block, Scheduler
 from omnispeech.engine.session import Session, samplers
 from omnispeech.engine.vocoder import open_stream
 from omnispeech.errors import AudioError, RequestError
-from omnispeech.prompt import AUDIO, PromptMessage
+from omnispeech.prompt import AUDIO, AUDIO_SLOT, PromptMessage
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -35,7 +37,9 @@ class Conversations:
         self.models = models
         self.config = config
         self.decoder = decoder
-        self.runner = Runner(models, config.kv_tokens)
+        # compatible rules make an audio's last vector depend on the others of its request
+        reuse = config.reuse_prefixes and not config.compatible
+        self.runner = Runner(models, config.kv_tokens, reuse_prefixes=reuse)
         self.steps = 0
         self.unit_s = Average()
         self._decode_cost = LinearCost()
@@ -66,18 +70,20 @@ class Conversations:
         audios = [p.samples for m in request.messages for p in m.content if isinstance(p, Audio)]
         prompt = models.prompt.build([_prompt_message(m) for m in request.messages])
         valid = [models.mel.valid_frames(len(samples)) for samples in audios]
-        length = len(prompt) + sum(self._vectors(v) - 1 for v in valid)
+        lengths = [self._vectors(frames) for frames in valid]
+        key = position_keys(prompt, audios, lengths)
         seed = request.seed if request.seed is not None else random.getrandbits(63)
         text_sampler, speech_sampler = samplers(
             request, seed, models.text_top_k, models.speech_top_k
         )
         return Session(
             request=request,
-            rules=self._rules(request, length),
+            rules=self._rules(request, len(key)),
             prompt=prompt,
             mels=self._mels(audios),
             valid_frames=valid,
-            prompt_length=length,
+            audio_lengths=lengths,
+            key=key,
             text_sampler=text_sampler,
             speech_sampler=speech_sampler,
             text_stream=models.prompt.text_stream(),
@@ -188,6 +194,22 @@ def _together(
         for item in items:
             with of(item).own_errors():
                 run([item])
+
+
+def position_keys(
+    prompt: Sequence[int], audios: Sequence[Samples], lengths: Sequence[int]
+) -> list[Position]:
+    """What stands at each position of the spliced prompt: equal keys mean equal vectors."""
+    waiting = zip(audios, lengths, strict=True)
+    keys: list[Position] = []
+    for token in prompt:
+        if token == AUDIO_SLOT:
+            samples, length = next(waiting)
+            digest = hashlib.blake2b(samples.tobytes(), digest_size=16).digest()
+            keys += [(digest, place) for place in range(length)]
+        else:
+            keys.append(token)
+    return keys
 
 
 def _prompt_message(message: Message) -> PromptMessage:

@@ -1,12 +1,15 @@
 """The only place where the engine touches tensors: runs the models for several replies at once."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from omnispeech.audio.features import MelConfig
+from omnispeech.engine.prefix_cache import PrefixCache
 from omnispeech.engine.sampling import NOT_FINITE, choose
 from omnispeech.engine.scheduler import Block, LLMTurn
 from omnispeech.engine.session import Session
@@ -15,7 +18,7 @@ from omnispeech.layers.kv_cache import Row
 from omnispeech.models.omnispeech import OmniSpeech
 from omnispeech.models.qwen3 import CausalLM
 from omnispeech.models.speech_decoder import SpeechDecoder
-from omnispeech.prompt import PromptBuilder, UnitVocabulary
+from omnispeech.prompt import AUDIO_SLOT, PromptBuilder, UnitVocabulary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,42 +44,62 @@ class Models(LanguageModels):
 
 
 class Runner:
-    def __init__(self, models: LanguageModels, kv_tokens: int) -> None:
+    def __init__(
+        self, models: LanguageModels, kv_tokens: int, *, reuse_prefixes: bool = False
+    ) -> None:
         """kv_tokens: positions of all replies together, for each of the two language models."""
         self.models = models
         self.llm_cache = models.lm.llm_model.new_cache(kv_tokens)
         self.speech_cache = models.lm.tts_lm_model.new_cache(kv_tokens)
+        self.prefixes = PrefixCache(self.llm_cache, enabled=reuse_prefixes)
         self.unit_head = UnitHead(models.lm.tts_lm_model, models.units, models.speech_end)
         with torch.inference_mode():
             self._speaker = models.lm.tts_lm_model.speaker()[None]  # [1, D]
 
+    @torch.inference_mode()
     def enter(self, session: Session) -> bool:
         """Takes the memory a reply can ever need; False if it must wait."""
         rules = session.rules
-        llm = self.llm_cache.allocate(session.prompt_length + rules.text_limit)
-        if llm is None:
-            return False
         speech = self.speech_cache.allocate(1 + rules.text_limit + rules.most_units)
         if speech is None:
-            self.llm_cache.release(llm)
             return False
-        session.llm_row, session.speech_row = llm, speech
+        llm = self.prefixes.take(session.key, session.prompt_length + rules.text_limit)
+        if llm is None:
+            self.speech_cache.release(speech)
+            return False
+        session.llm_row, session.speech_row, session.reused = llm, speech, llm.length
         return True
 
     def leave(self, session: Session) -> None:
-        self.llm_cache.release(_row(session.llm_row))
+        """What a healthy reply has read stays for the next turn."""
+        row = _row(session.llm_row)
+        if session.failed:
+            self.llm_cache.release(row)
+        else:
+            self.prefixes.keep([*session.key, *session.interleaver.text_ids], row)
         self.speech_cache.release(_row(session.speech_row))
         session.llm_row = session.speech_row = session.prompt_vectors = None
         session.conditions.clear()
 
     @torch.inference_mode()
     def listen(self, session: Session) -> None:
-        """Puts the sound of the request through the encoder and splices it into the prompt."""
+        """Puts the sound of the request through the encoder and splices it into the prompt.
+
+        What the row has in it already is left out.
+        """
         lm = self.models.lm
+        lengths = iter(session.audio_lengths)
+        widths = [next(lengths) if i == AUDIO_SLOT else 1 for i in session.prompt]
+        first = bisect_right(list(accumulate(widths)), session.reused)  # not reused as a whole
+        known = session.prompt[:first].count(AUDIO_SLOT)
         weight = lm.llm2tts.weight
-        mels = [mel.to(weight) for mel in session.mels]
-        audios = lm.embed_audio(mels, session.valid_frames, batch_rule=session.rules.compatible)
-        session.prompt_vectors = lm.splice(session.prompt, audios)
+        audios = lm.embed_audio(
+            [mel.to(weight) for mel in session.mels[known:]],
+            session.valid_frames[known:],
+            batch_rule=session.rules.compatible,
+        )
+        vectors = lm.splice(session.prompt[first:], audios)
+        session.prompt_vectors = vectors[session.reused - sum(widths[:first]) :]
         session.mels = []
 
     @torch.inference_mode()
@@ -228,5 +251,5 @@ def _row(row: Row | None) -> Row:
 def _prompt_piece(session: Session, count: int) -> Tensor:
     """The next `count` vectors of the prompt: [T, D]"""
     assert session.prompt_vectors is not None
-    start = _row(session.llm_row).length
+    start = _row(session.llm_row).length - session.reused
     return session.prompt_vectors[start : start + count]

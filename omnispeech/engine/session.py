@@ -4,7 +4,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from omnispeech.engine.sampling import Sampler
 if TYPE_CHECKING:  # tensors are the runner's; decisions need none
     from torch import Tensor
 
+    from omnispeech.engine.prefix_cache import Position
     from omnispeech.engine.vocoder import VocoderStream
     from omnispeech.layers.kv_cache import Row
     from omnispeech.prompt import TextStream
@@ -31,7 +32,8 @@ class Session:
     prompt: list[int]  # ids, audio slots not yet expanded
     mels: list["Tensor"]  # [M, T] of each audio
     valid_frames: list[int]
-    prompt_length: int  # positions after splicing
+    audio_lengths: list[int]  # prompt positions of each audio
+    key: "Sequence[Position]"  # of the prompt, for the prefix cache
     text_sampler: Sampler
     speech_sampler: Sampler
     text_stream: "TextStream"
@@ -45,7 +47,8 @@ class Session:
     # on the device, from admission to the end
     llm_row: "Row | None" = None
     speech_row: "Row | None" = None
-    prompt_vectors: "Tensor | None" = None  # [L, D] from the encoder on
+    reused: int = 0  # prompt positions that an earlier conversation has read
+    prompt_vectors: "Tensor | None" = None  # [L, D] of the others, from the encoder on
     conditions: deque["Tensor"] = field(default_factory=deque)  # states the speech LM will read
     speech_input: SpeechInput | None = None  # decided, not yet computed
     pending_units: list[int] = field(default_factory=list)  # codes not yet decoded
@@ -62,6 +65,11 @@ class Session:
     @property
     def over(self) -> bool:
         return self.cancelled or self.failed or (self.interleaver.done and self.flushed)
+
+    @property
+    def prompt_length(self) -> int:
+        """Positions after splicing."""
+        return len(self.key)
 
     @property
     def prompt_left(self) -> int:

@@ -79,7 +79,25 @@ class KVCache:
 
     def release(self, row: Row) -> None:
         """Gives the positions back; the row must not be used again."""
-        holes = sorted([*self._holes, (row.start, row.capacity)])
+        self._free(row.start, row.capacity)
+
+    def trim(self, row: Row) -> None:
+        """Gives back the positions that are not filled."""
+        self._free(row.start + row.length, row.capacity - row.length)
+        row.capacity = row.length
+
+    def copy(self, source: Row, target: Row, count: int) -> None:
+        """The first `count` positions of one row become those of another, which was empty."""
+        here = slice(source.start, source.start + count)
+        there = slice(target.start, target.start + count)
+        self.keys[:, there] = self.keys[:, here]
+        self.values[:, there] = self.values[:, here]
+        target.length = count
+
+    def _free(self, start: int, length: int) -> None:
+        if not length:
+            return
+        holes = sorted([*self._holes, (start, length)])
         self._holes = holes[:1]
         for start, length in holes[1:]:
             before, size = self._holes[-1]

@@ -1,0 +1,125 @@
+"""What earlier turns have read is not read again, and changes nothing."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from golden_models import Caller, conversations, question, run
+
+from omnispeech.engine.conversations import Conversations
+from omnispeech.engine.events import Audio, Message, Text, TurnRequest
+from omnispeech.engine.prefix_cache import PrefixCache
+from omnispeech.layers.kv_cache import KVCache
+
+
+def sound(frequency: float, seconds: float = 1.0) -> Audio:
+    samples = np.sin(np.arange(int(16000 * seconds)) * frequency) * 0.3
+    return Audio(samples.astype(np.float32))
+
+
+def turn(*messages: Message) -> TurnRequest:
+    return dataclasses.replace(question(speech_temperature=0.0), messages=messages)
+
+
+FIRST = Message("user", (Text("Listen: "), sound(0.1)))
+ANSWER = Message("assistant", (Text("I did."),))
+SECOND = Message("user", (sound(0.2, 2.0), Text(" And this?")))
+
+
+def answered(engine: Conversations, request: TurnRequest) -> Caller:
+    caller = Caller(engine, request)
+    run(engine)
+    return caller
+
+
+def test_the_next_turn_reads_only_what_is_new_and_says_the_same() -> None:
+    engine = conversations()
+    answered(engine, turn(FIRST))
+    again = answered(engine, turn(FIRST, ANSWER, SECOND))
+    alone = answered(conversations(), turn(FIRST, ANSWER, SECOND))
+    assert alone.session.reused == 0
+    assert again.session.reused > 30  # system message, question and its sound
+    assert again.ids == alone.ids
+
+
+def test_sound_that_was_heard_is_not_encoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = conversations()
+    answered(engine, turn(FIRST))
+    heard: list[int] = []
+    original = engine.models.lm.embed_audio
+
+    def embed(mels: list[torch.Tensor], *args: object, **kwargs: object) -> list[torch.Tensor]:
+        heard.append(len(mels))
+        return original(mels, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine.models.lm, "embed_audio", embed)
+    answered(engine, turn(FIRST, ANSWER, SECOND))
+    assert heard == [1]
+
+
+def test_another_sound_of_the_same_length_is_not_taken_for_the_same() -> None:
+    other = Message("user", (Text("Listen: "), sound(0.15)))
+    engine = conversations()
+    answered(engine, turn(FIRST))
+    again = answered(engine, turn(other))
+    assert again.ids == answered(conversations(), turn(other)).ids
+    text_before = answered(conversations(), turn(FIRST)).session.prompt.index(-200)
+    assert again.session.reused == text_before
+
+
+def test_the_same_question_again_gives_the_same_reply() -> None:
+    engine = conversations()
+    first, second = (answered(engine, turn(FIRST)) for _ in range(2))
+    assert second.session.reused == second.session.prompt_length - 1
+    assert first.ids == second.ids
+
+
+def test_compatible_mode_and_the_setting_turn_it_off() -> None:
+    for engine in (conversations(compatible=True), conversations(reuse_prefixes=False)):
+        answered(engine, turn(FIRST))
+        assert engine.runner.prefixes.kept_tokens == 0
+        assert answered(engine, turn(FIRST)).session.reused == 0
+
+
+def test_what_a_failed_reply_has_read_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = conversations()
+    caller = Caller(engine, turn(FIRST))
+    monkeypatch.setattr(caller.session.text_stream, "push", lambda ids: 1 / 0)
+    run(engine)
+    assert isinstance(caller.events[-1], ZeroDivisionError)
+    assert engine.runner.prefixes.kept_tokens == 0
+
+
+def test_what_was_kept_makes_room_for_what_comes() -> None:
+    engine = conversations(kv_tokens=300, context_length=256)
+    for i in range(12):
+        answered(engine, turn(Message("user", (Text(f"{i} hello"), sound(0.1 + i / 100)))))
+    kept = engine.runner.prefixes.kept_tokens
+    assert 0 < kept <= 300
+    assert kept + engine.runner.llm_cache.free_tokens == 300
+
+
+def test_the_oldest_goes_first() -> None:
+    cache = KVCache(1, 10, 1, 1, dtype=torch.float32, device=torch.device("cpu"))
+    prefixes = PrefixCache(cache)
+    for key in ([1, 2, 3, 4, 5, 6], [5, 6, 7, 8]):
+        row = prefixes.take(key, len(key))
+        assert row is not None
+        row.length = len(key)
+        prefixes.keep(key, row)
+    row = prefixes.take([5, 6, 7, 8, 9], 5)
+    assert row is not None and row.length == 4
+    assert prefixes.kept_tokens == 4
+
+
+def test_a_copied_prefix_holds_the_same_keys() -> None:
+    cache = KVCache(2, 20, 1, 3, dtype=torch.float32, device=torch.device("cpu"))
+    cache.keys.normal_()
+    cache.values.normal_()
+    source, target = cache.allocate(8), cache.allocate(9)
+    assert source is not None and target is not None
+    cache.copy(source, target, 8)
+    assert torch.equal(cache.keys[:, 8:16], cache.keys[:, :8])
+    assert torch.equal(cache.values[:, 8:16], cache.values[:, :8])
+    assert target.length == 8
