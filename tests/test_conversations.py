@@ -165,6 +165,7 @@ def test_an_error_while_sound_is_made_reaches_its_own_caller_only(
     def failing(units: list[int], final: bool) -> torch.Tensor:
         raise RuntimeError("no sound")
 
+    engine.step()
     monkeypatch.setattr(ill.session.vocoder, "push", failing)
     run(engine)
     assert isinstance(ill.events[-1], RuntimeError)

@@ -58,7 +58,7 @@ def scheduler(memory: Memory | None = None, **settings: int) -> Scheduler:
 
 def session(created_s: float = 0.0, length: int = 40, *, heard: bool = True) -> Session:
     nothing: Any = None
-    return Session(
+    one = Session(
         request=REQUEST,
         rules=RULES,
         prompt=[],
@@ -69,12 +69,13 @@ def session(created_s: float = 0.0, length: int = 40, *, heard: bool = True) -> 
         text_sampler=Sampler(),
         speech_sampler=Sampler(),
         text_stream=nothing,
-        vocoder=SimpleNamespace(context=0),  # type: ignore[arg-type]
         seed=0,
         emit=lambda event: None,
         created_s=created_s,
         prompt_vectors=np.zeros(1) if heard else nothing,  # type: ignore[arg-type]
     )
+    one.vocoder = SimpleNamespace(context=0)  # type: ignore[assignment]
+    return one
 
 
 def talking(created_s: float = 0.0, *, heard_until_s: float | None = None) -> Session:

@@ -14,7 +14,6 @@ from omnispeech.models.speech_decoder import SpeechDecoder
 
 GOLDEN = Path(__file__).parent / "golden" / "decoder"
 HOP = 256
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +24,8 @@ def decoder() -> SpeechDecoder:
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12))
 @settings(max_examples=25, deadline=None)
 def test_noise_of_a_column_does_not_depend_on_how_it_is_asked_for(sizes: list[int]) -> None:
-    whole = IndexedColumns(3, 16, 7, CPU).take(0, sum(sizes))
-    columns = IndexedColumns(3, 16, 7, CPU)
+    whole = IndexedColumns(3, 16, 7).take(0, sum(sizes))
+    columns = IndexedColumns(3, 16, 7)
     first = 0
     for size in sizes:
         assert torch.equal(columns.take(first, size), whole[:, :, first : first + size])
@@ -34,8 +33,8 @@ def test_noise_of_a_column_does_not_depend_on_how_it_is_asked_for(sizes: list[in
 
 
 def test_noise_that_moved_on_keeps_a_chunk_of_the_past() -> None:
-    columns = IndexedColumns(2, 16, 7, CPU)
-    whole = IndexedColumns(2, 16, 7, CPU).take(0, 200)
+    columns = IndexedColumns(2, 16, 7)
+    whole = IndexedColumns(2, 16, 7).take(0, 200)
     assert torch.equal(columns.take(100, 50), whole[:, :, 100:150])
     assert torch.equal(columns.take(90, 100), whole[:, :, 90:190])
     assert columns.first >= 64 and columns.kept.shape[1] <= 128

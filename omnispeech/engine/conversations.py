@@ -48,7 +48,7 @@ class Conversations:
         self.scheduler = Scheduler(
             max_running=config.max_conversations,
             prefill_tokens=config.prefill_tokens,
-            enter=self.runner.enter,
+            enter=self._enter,
             leave=self.runner.leave,
             block_rule=BlockRule(
                 step=flow.config.encoder.block_size,
@@ -87,10 +87,15 @@ class Conversations:
             text_sampler=text_sampler,
             speech_sampler=speech_sampler,
             text_stream=models.prompt.text_stream(),
-            vocoder=open_stream(models.decoder, self.decoder, seed),
             seed=seed,
             emit=emit,
         )
+
+    def _enter(self, session: Session) -> bool:
+        if not self.runner.enter(session):
+            return False
+        session.vocoder = open_stream(self.models.decoder, self.decoder, session.seed)
+        return True
 
     def _mels(self, audios: Sequence[Samples]) -> list[Tensor]:
         """The original pads every audio of a request to the longest."""

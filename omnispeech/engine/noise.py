@@ -28,14 +28,14 @@ class Noise(Protocol):
 class IndexedColumns:
     """Normal numbers whose column t depends on the seed and on t, and not on how it is asked for.
 
-    Drawn in chunks of one size. Requests move to the right; what lies more than a chunk to the
-    left of one is forgotten.
+    Drawn on the CPU, so that a seed sounds the same on every device, in chunks of one size.
+    Requests move to the right; what lies more than a chunk to the left of one is forgotten.
     """
 
-    def __init__(self, rows: int, chunk: int, seed: int, device: torch.device) -> None:
+    def __init__(self, rows: int, chunk: int, seed: int) -> None:
         self.chunk = chunk
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.kept = torch.empty(rows, 0, device=device)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.kept = torch.empty(rows, 0)
         self.first = 0  # column of kept[:, 0]
 
     def take(self, first: int, count: int) -> Tensor:
@@ -52,8 +52,7 @@ class IndexedColumns:
 
     def _draw(self, _: int) -> Tensor:
         """-> [rows, chunk]"""
-        shape = (self.kept.shape[0], self.chunk)
-        return torch.randn(shape, generator=self.generator, device=self.kept.device)
+        return torch.randn((self.kept.shape[0], self.chunk), generator=self.generator)
 
 
 class StreamNoise:
@@ -64,17 +63,17 @@ class StreamNoise:
         mels, harmonics, self._device = _shape(decoder)
         flow_seed, sine_seed = torch.randint(2**62, (2,), generator=master).tolist()
         self._phases = draw_phases(harmonics, master).to(self._device)
-        self._start = IndexedColumns(mels, 256, flow_seed, self._device)
-        self._sines = IndexedColumns(harmonics, 16384, sine_seed, self._device)
+        self._start = IndexedColumns(mels, 256, flow_seed)
+        self._sines = IndexedColumns(harmonics, 16384, sine_seed)
 
     def start(self, first: int, frames: int) -> Tensor:
-        return self._start.take(first, frames)
+        return self._start.take(first, frames).to(self._device)
 
     def phases(self) -> Tensor:
         return self._phases
 
     def sines(self, first: int, samples: int) -> Tensor:
-        return self._sines.take(first, samples)
+        return self._sines.take(first, samples).to(self._device)
 
 
 class OriginalNoise:

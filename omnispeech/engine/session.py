@@ -37,7 +37,6 @@ class Session:
     text_sampler: Sampler
     speech_sampler: Sampler
     text_stream: "TextStream"
-    vocoder: "VocoderStream"
     seed: int
     emit: Callable[[Event | Exception], None]
     interleaver: Interleaver = field(init=False)
@@ -45,6 +44,7 @@ class Session:
     created_s: float = field(default_factory=time.perf_counter)
 
     # on the device, from admission to the end
+    vocoder: "VocoderStream" = field(init=False)
     llm_row: "Row | None" = None
     speech_row: "Row | None" = None
     reused: int = 0  # prompt positions that an earlier conversation has read
