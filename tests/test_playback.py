@@ -71,6 +71,12 @@ def test_a_machine_too_slow_for_any_block_still_speaks_before_the_end() -> None:
     assert rule().size(20, -5.0, hopeless) == 20
 
 
+def test_a_block_is_no_longer_than_others_can_wait() -> None:
+    slow = {"unit_s": 0.001, "slope_s": 0.0095}
+    assert rule().size(150, 99.0, pace(**slow, talkers=2)) == 50
+    assert rule().size(150, 99.0, pace(**slow)) == 0
+
+
 def test_compatible_blocks_all_have_the_same_size() -> None:
     assert rule(fixed=24).size(23, None, pace(1.0)) == 0
     assert rule(fixed=24).size(60, -5.0, pace(0.0)) == 24

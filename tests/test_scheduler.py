@@ -192,6 +192,14 @@ def test_the_most_urgent_block_is_decoded_first() -> None:
     assert (block.session, block.units, block.final) == (dry, 20, False)
 
 
+def test_the_end_of_a_reply_can_wait_while_somebody_hurries() -> None:
+    ended, hurried = talking(heard_until_s=5.0), talking(heard_until_s=0.4)
+    ended.interleaver.speech_finish = "stop"
+    one = started(ended, hurried)
+    assert one.block(0.0, unit_s=0.1) is None
+    assert one.block(4.5, unit_s=0.1) is not None
+
+
 def test_the_last_block_takes_what_is_left_and_is_final() -> None:
     one = talking(heard_until_s=0.5)
     one.pending_units = list(range(107))

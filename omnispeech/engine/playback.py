@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 SAFETY_S = 0.3  # sound the listener should still have when a block arrives
 NEARLY = 1.25
+PATIENCE_S = 0.5  # a block that takes longer would keep the other conversations waiting
 COMFORT_S = 1.0  # a reply this far ahead of its listener can wait for others
 
 
@@ -52,7 +53,7 @@ class Pace:
     """How fast the machine is lately, for one reply among the others."""
 
     unit_s: float  # seconds in which every reply gets one more unit written
-    talkers: int  # replies that want sound, this one included
+    talkers: int  # conversations that share the machine, this one included
     context: int  # units the next block is conditioned on
     cost: LinearCost  # of decoding, over the units in the window
 
@@ -86,16 +87,25 @@ class BlockRule:
         """
         if self.fixed:
             return self.fixed if pending >= self.fixed else 0
-        whole = min(pending // self.step * self.step, self.most)
         if ahead_s is None:
             first = self.first or self._first(pace)
             return first if pending >= first else 0
-        if whole == self.most:
+        largest = self.largest(pace)
+        whole = min(pending // self.step * self.step, largest)
+        if whole == largest:
             return whole
         if whole < self._least(pace):
             return 0
         wait_s = pace.write_s(whole + self.step - pending, whole) + pace.decode_s(whole + self.step)
         return whole if ahead_s - SAFETY_S < wait_s else 0
+
+    def largest(self, pace: Pace) -> int:
+        """The most that may be decoded at once without keeping others waiting."""
+        if self.fixed or pace.talkers == 1:
+            return self.fixed or self.most
+        sizes = range(self.most, self.step, -self.step)
+        quick = next((n for n in sizes if pace.decode_s(n) <= PATIENCE_S), self.step)
+        return max(quick, self._least(pace))
 
     def _first(self, pace: Pace) -> int:
         """One step if the next block can be there before the first one was heard, else two."""

@@ -74,9 +74,8 @@ class Scheduler:
 
     def block(self, now_s: float, unit_s: float) -> Block | None:
         """The most urgent block of sound that is due. unit_s: seconds one unit takes lately."""
-        return next(
-            filter(None, (self._block(s, now_s, unit_s) for s in self._by_deadline(now_s))), None
-        )
+        blocks = (self._block(s, now_s, unit_s) for s in self._served(now_s))
+        return next((block for block in blocks if block), None)
 
     def _by_deadline(self, now_s: float) -> list[Session]:
         return sorted(
@@ -115,15 +114,15 @@ class Scheduler:
 
     def _block(self, session: Session, now_s: float, unit_s: float) -> Block | None:
         pending = len(session.pending_units)
-        if session.interleaver.speech_finish is not None:
-            most = self._block_rule.fixed or self._block_rule.most
-            return Block(session, min(pending, most), final=pending <= most)
         pace = Pace(
             unit_s=unit_s,
-            talkers=sum(s.interleaver.speech_finish is None for s in self.running),
+            talkers=sum(not s.over for s in self.running),
             context=session.vocoder.context,
             cost=self._decode_cost,
         )
+        if session.interleaver.speech_finish is not None:
+            largest = self._block_rule.largest(pace)
+            return Block(session, min(pending, largest), final=pending <= largest)
         units = self._block_rule.size(pending, session.playback.ahead_s(now_s), pace)
         return Block(session, units, final=False) if units else None
 
