@@ -1,5 +1,8 @@
 """The engine without its thread, on the golden models."""
 
+import gc
+import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +11,8 @@ import torch
 from golden_models import Caller, conversations, golden_models, question, run
 
 from omnispeech.config import DecoderConfig
-from omnispeech.engine.events import AudioDelta, Done, TextDelta
+from omnispeech.engine.conversations import Conversations
+from omnispeech.engine.events import Audio, AudioDelta, Done, Message, Text, TextDelta, TurnRequest
 from omnispeech.engine.sampling import NOT_FINITE
 from omnispeech.errors import AudioError, GenerationError, RequestError
 
@@ -47,15 +51,71 @@ def test_greedy_ids_are_the_same_alone_and_among_seven_others() -> None:
     assert [caller.ids for caller in together] == alone
 
 
-def test_the_same_seed_gives_the_same_reply_to_the_bit() -> None:
+def test_the_same_seed_gives_the_same_sound_to_the_bit_alone_and_among_others() -> None:
+    """Blocks once followed the clock, and the sound the blocks."""
     replies = []
-    for seed in (3, 3, 4):
-        engine = conversations(DecoderConfig(euler_steps=2, first_block=20, max_block=20))
-        caller = Caller(engine, question(temperature=1.0, seed=seed))
+    for others in (0, 3):
+        engine = conversations()
+        engine._decode_cost.add(10, 0.001 if others else 5.0)
+        for i in range(others):
+            Caller(engine, question(temperature=1.0, seed=None, max_new_tokens=5 + i))
+        caller = Caller(engine, question(temperature=1.0, seed=3))
         run(engine)
         replies.append((caller.text, caller.ids, caller.pcm))
     assert replies[0] == replies[1]
-    assert replies[0][1] != replies[2][1]
+
+
+def test_another_seed_gives_another_reply() -> None:
+    engine = conversations()
+    one, other = (Caller(engine, question(temperature=1.0, seed=seed)) for seed in (3, 4))
+    run(engine)
+    assert one.ids != other.ids
+
+
+def test_a_reply_without_a_unit_ends_without_sound() -> None:
+    engine = conversations(text_end=frozenset(range(600)), speech_end=golden_models().speech_end)
+    caller = Caller(engine, question(seed=None))
+    caller.session.interleaver.rules = replace(caller.session.rules, unit_limit=1)
+    silent = Caller(engine, question(seed=None))
+    engine.runner.unit_head.choose = lambda states, sessions: [  # type: ignore[method-assign]
+        min(golden_models().speech_end) for _ in sessions
+    ]
+    run(engine)
+    for each in (caller, silent):
+        assert isinstance(each.events[-1], Done)
+        assert each.pcm == b""
+    assert isinstance(answered_after(engine).events[-1], Done)
+
+
+def answered_after(engine: Conversations) -> Caller:
+    caller = Caller(engine, question(seed=None))
+    run(engine)
+    return caller
+
+
+def test_a_call_that_fails_after_the_models_ran_is_made_again_without_a_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The tokens of the failed call once stayed in the rows, and were then read twice."""
+    import omnispeech.engine.runner as runner
+
+    alone = []
+    for text in ("One?", "Two?"):
+        engine = conversations()
+        alone.append(Caller(engine, question(text, speech_temperature=0.0)))
+        run(engine)
+    engine = conversations()
+    together = [Caller(engine, question(t, speech_temperature=0.0)) for t in ("One?", "Two?")]
+    original, calls = runner.choose, iter(range(1000))
+
+    def choose(logits: torch.Tensor, samplers: Any) -> list[int]:
+        if len(logits) == 2 and next(calls) % 3 == 1:
+            raise RuntimeError("out of memory")
+        return original(logits, samplers)
+
+    monkeypatch.setattr(runner, "choose", choose)
+    run(engine)
+    assert [caller.ids for caller in together] == [caller.ids for caller in alone]
 
 
 def test_sound_comes_before_the_text_has_ended_and_text_goes_on_without_it() -> None:
@@ -110,6 +170,22 @@ def test_a_caller_that_leaves_while_waiting_never_starts() -> None:
     run(engine)
     assert isinstance(first.events[-1], Done)
     assert second.events == []
+
+
+@pytest.mark.parametrize("end", ["whole", "cancelled", "failed"])
+def test_nothing_of_a_reply_stays_however_it_ends(end: str) -> None:
+    """Defect B4: the original keeps the state of streams that ended with a whole block, failed
+    or were left."""
+    engine = conversations(DecoderConfig(euler_steps=1, first_block=10))
+    caller = Caller(engine, question())
+    while not caller.pcm:
+        engine.step()
+    caller.session.cancelled, caller.session.failed = end == "cancelled", end == "failed"
+    run(engine)
+    parts = [weakref.ref(part) for part in (caller.session.interleaver, caller.session.vocoder)]
+    del caller
+    gc.collect()
+    assert [part() for part in parts] == [None, None]
 
 
 def test_all_memory_is_given_back() -> None:
@@ -182,15 +258,29 @@ def test_numbers_that_are_not_finite_are_an_error_and_not_a_token(
     assert isinstance(caller.events[-1], GenerationError)
 
 
-def test_no_id_outside_the_units_is_ever_written_before_the_end() -> None:
-    """Defect B5, with random sampling over everything."""
-    engine = conversations()
-    callers = [Caller(engine, question(seed=i, speech_temperature=5.0)) for i in range(6)]
+def test_no_end_id_and_no_word_is_written_before_the_text_has_ended() -> None:
+    """Defect B5, with random sampling over everything and half of the units as end ids."""
+    models = golden_models()
+    ends = models.speech_end | {
+        models.units.to_id(unit) for unit in range(0, models.units.count, 2)
+    }
+    engine = conversations(DecoderConfig(euler_steps=1), speech_end=ends)
+    callers = [Caller(engine, question(seed=i, speech_temperature=5.0)) for i in range(3)]
     run(engine)
-    units = golden_models().units
     for caller in callers:
-        assert all(i in units for i in caller.ids[1][:-1])
-        assert caller.session.vocoder.units == sum(i in units for i in caller.ids[1])
+        spoken = [i for i in caller.ids[1] if i in models.units and i not in ends]
+        assert spoken == caller.ids[1][: len(spoken)] and len(spoken) >= 20
+        assert caller.session.vocoder.units == len(spoken) >= len(caller.ids[1]) - 1
+
+
+def test_an_id_that_is_no_unit_is_never_spoken() -> None:
+    """Defect B5: where end ids and words can be chosen, the original speaks them as unit 0."""
+    units = replace(golden_models().units, count=100)  # of 256
+    engine = conversations(DecoderConfig(euler_steps=1), compatible=True, units=units)
+    caller = Caller(engine, question(speech_temperature=5.0))
+    run(engine)
+    chosen = caller.ids[1]
+    assert caller.session.vocoder.units == sum(i in units for i in chosen) < len(chosen)
 
 
 def test_a_whole_reply_leaves_the_generators_of_the_process_alone() -> None:
@@ -228,6 +318,24 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers() -> None
     engine = conversations(context_length=64)
     with pytest.raises(RequestError, match=r"\d+ positions, the context has 64"):
         engine.open(question("word " * 200), print)
+
+
+@pytest.mark.parametrize("parts", [Text("hi"), question().messages[0].content[1]])
+def test_b14_too_many_messages_are_refused_before_their_sound_is_heard(
+    parts: Text | Audio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("omnispeech.engine.conversations.log_mel", lambda *_, **__: 1 / 0)
+    request = TurnRequest(messages=(Message("user", (parts,)),) * 500)
+    with pytest.raises(RequestError, match="positions, the context has 2048"):
+        conversations(context_length=2048).open(request, print)
+
+
+def test_b13_a_text_with_the_audio_marker_is_answered() -> None:
+    engine = conversations(DecoderConfig(euler_steps=1, first_block=10))
+    caller = Caller(engine, question("<|im_audio|> <|im_end|>"))
+    run(engine)
+    assert caller.session.prompt.count(-200) == 1
+    assert isinstance(caller.events[-1], Done)
 
 
 def test_what_room_is_left_limits_the_reply() -> None:

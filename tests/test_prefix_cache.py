@@ -113,6 +113,34 @@ def test_the_oldest_goes_first() -> None:
     assert prefixes.kept_tokens == 4
 
 
+def kept(*keys: list[int], tokens: int) -> PrefixCache:
+    prefixes = PrefixCache(
+        KVCache(1, tokens, 1, 1, dtype=torch.float32, device=torch.device("cpu"))
+    )
+    for key in keys:
+        row = prefixes.take(key, len(key))
+        assert row is not None
+        row.length = len(key)
+        prefixes.keep(key, row)
+    return prefixes
+
+
+def test_a_longer_turn_takes_the_place_of_the_one_it_continues() -> None:
+    assert kept([1, 2], [1, 2, 3, 4], [1, 2, 3], tokens=20).kept_tokens == 4
+
+
+def test_what_was_used_last_is_the_last_to_go() -> None:
+    prefixes = kept([1, 2, 3, 4], [5, 6, 7, 8], tokens=8)
+    assert prefixes.take([1, 2, 3, 4, 9], 4) is not None  # makes room by letting 5, 6, 7, 8 go
+    assert prefixes._longest([1, 2, 3, 4])[1] == 4
+
+
+def test_room_that_cannot_be_made_costs_nothing() -> None:
+    prefixes = kept([1, 2, 3, 4], [5, 6, 7, 8], tokens=8)
+    assert prefixes.take([9] * 9, 9) is None
+    assert prefixes.kept_tokens == 8
+
+
 def test_a_copied_prefix_holds_the_same_keys() -> None:
     cache = KVCache(2, 20, 1, 3, dtype=torch.float32, device=torch.device("cpu"))
     cache.keys.normal_()

@@ -1,13 +1,15 @@
 """Who joins, who goes first: no tensors, no clock but the one passed in."""
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from omnispeech.engine.events import Message, Text, TurnRequest
 from omnispeech.engine.interleave import Rules
-from omnispeech.engine.playback import BlockRule, LinearCost
+from omnispeech.engine.pace import BlockRule, LinearCost
 from omnispeech.engine.sampling import Sampler
 from omnispeech.engine.scheduler import Scheduler
 from omnispeech.engine.session import Session
@@ -49,10 +51,9 @@ def scheduler(memory: Memory | None = None, **settings: int) -> Scheduler:
         prefill_tokens=settings.get("prefill_tokens", 16),
         enter=memory.enter,
         leave=memory.leave,
-        block_rule=BlockRule(
-            step=10, first=10, most=100, fixed=0, unit_audio_s=0.08, held_back_s=0.4
-        ),
+        block_rule=BlockRule(step=10, first=10, most=100, unit_audio_s=0.08, held_back_s=0.4),
         decode_cost=LinearCost(),
+        fixed_block=settings.get("fixed_block", 0),
     )
 
 
@@ -217,3 +218,64 @@ def test_a_reply_that_ended_with_a_whole_block_is_still_finalised() -> None:
     one.interleaver.speech_finish = "stop"
     last = started(one).block(0.0, unit_s=0.1)
     assert last is not None and (last.units, last.final) == (0, True)
+
+
+def test_compatible_blocks_all_have_the_same_size() -> None:
+    one = talking()
+    engine = started(one, fixed_block=24)
+    sizes = []
+    for pending in (23, 24, 60):
+        one.pending_units = list(range(pending))
+        block = engine.block(0.0, unit_s=1.0)
+        sizes.append(block and block.units)
+    assert sizes == [None, 24, 24]
+
+
+@pytest.mark.parametrize("written_at_once", [1, 7, 1000])
+def test_blocks_of_a_seeded_reply_do_not_depend_on_how_fast_it_is_written(
+    written_at_once: int,
+) -> None:
+    """30 units fill the blocks of 10 and 20 exactly: the end comes by itself in every case."""
+    one = talking()
+    one.request = dataclasses.replace(REQUEST, seed=1)
+    engine, blocks = started(one), []
+    for start in range(0, 30, written_at_once):
+        one.pending_units += range(start, min(30, start + written_at_once))
+        if len(one.pending_units) + sum(units for units, _ in blocks) == 30 and written_at_once > 9:
+            one.interleaver.speech_finish = "stop"
+        while (block := engine.block(0.0, unit_s=0.1)) and not block.final:
+            blocks.append((block.units, block.final))
+            del one.pending_units[: block.units]
+            one.blocks += 1
+    one.interleaver.speech_finish = "stop"
+    last = engine.block(0.0, unit_s=0.1)
+    assert last is not None
+    assert [*blocks, (last.units, last.final)] == [(10, False), (20, False), (0, True)]
+
+
+def test_an_error_on_entering_fails_that_session_and_the_next_one_comes_in() -> None:
+    memory, told = Memory(), []
+    one = scheduler(memory)
+    broken, well = session(), session()
+    broken.emit = told.append
+
+    def enter(each: Session) -> bool:
+        if each is broken:
+            raise RuntimeError("no stream")
+        return memory.enter(each)
+
+    one._enter = enter
+    for each in (broken, well):
+        one.insert(each)
+    one.update()
+    assert one.running == [well]
+    assert isinstance(told[0], RuntimeError)
+
+
+def test_a_reply_that_only_has_to_end_gives_its_place_to_whoever_waits() -> None:
+    ended, hurried = talking(heard_until_s=5.0), talking(heard_until_s=0.4)
+    ended.interleaver.speech_finish = "stop"
+    one = started(ended, hurried, max_running=2)
+    one.insert(session())
+    block = one.block(0.0, unit_s=0.1)
+    assert block is not None and block.session is ended and block.final

@@ -2,13 +2,17 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from typing import Any
 
 import pytest
 from golden_models import golden_models, question
 
 from omnispeech.config import DecoderConfig, EngineConfig
 from omnispeech.engine.events import AudioDelta, Done, Event, TextDelta
+from omnispeech.engine.session import Session
 from omnispeech.engine.worker import Worker
 from omnispeech.errors import GenerationError, NotReady, Overloaded, RequestError
 
@@ -54,14 +58,81 @@ async def test_a_full_worker_refuses_at_once(worker: Worker) -> None:
     assert isinstance((await reply(worker))[-1], Done)
 
 
-async def test_leaving_early_cancels_the_reply(worker: Worker) -> None:
+async def test_leaving_early_cancels_the_reply_within_a_step(worker: Worker) -> None:
+    """Defect C2, counted: the step under way, and nothing after it."""
     answer = worker.answer(question(max_new_tokens=1000))
     await anext(answer)
     await answer.aclose()
+    steps = worker.conversations.steps
     while worker.conversations.scheduler.running:
         await asyncio.sleep(0.01)
+    assert worker.conversations.steps - steps <= 1
     assert worker.status().waiting == 0
     assert worker.conversations.runner.speech_cache.free_tokens == SMALL.kv_tokens
+
+
+class HastyLoop(asyncio.SelectorEventLoop):
+    """Whatever waits for a time, waits no longer than it takes to look at the clock."""
+
+    def call_at(self, when: float, *args: Any, **kwargs: Any) -> asyncio.TimerHandle:
+        return super().call_at(min(when, self.time()), *args, **kwargs)
+
+
+def test_b2_no_timeout_of_any_length_ends_a_healthy_reply() -> None:
+    async def talk() -> Event:
+        one = await until_ready(Worker(golden_models, SMALL, QUICK))
+        events = await reply(one)
+        one.close()
+        return events[-1]
+
+    loop = HastyLoop()
+    assert isinstance(loop.run_until_complete(talk()), Done)
+    loop.close()
+
+
+async def test_c3_events_enter_the_loop_in_its_own_thread(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The queue of a loop, as its semaphore, is not made for other threads."""
+    threads, original = set(), asyncio.Queue.put_nowait
+
+    def put(queue: asyncio.Queue[Any], item: object) -> None:
+        threads.add(threading.current_thread().name)
+        original(queue, item)
+
+    monkeypatch.setattr(asyncio.Queue, "put_nowait", put)
+    with suppress(TimeoutError):
+        await asyncio.wait_for(reply(worker), 10)
+    assert threads == {threading.current_thread().name}
+
+
+async def test_c3_a_caller_that_waits_gets_the_place_of_one_that_leaves(worker: Worker) -> None:
+    talking = [worker.answer(question(max_new_tokens=300)) for _ in range(2)]
+    for answer in talking:
+        await anext(answer)
+    waiting = asyncio.ensure_future(reply(worker))
+    await asyncio.sleep(0.1)
+    assert not waiting.done() and worker.status().waiting == 1
+    for answer in talking:
+        await answer.aclose()
+    assert isinstance((await asyncio.wait_for(waiting, 20))[-1], Done)
+    assert worker.status().waiting == 0
+
+
+async def test_c1_the_loop_is_free_while_a_prompt_is_made(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, original = threading.Event(), worker.conversations.open
+
+    def slow(*args: Any) -> Session:
+        assert gate.wait(5)
+        return original(*args)
+
+    monkeypatch.setattr(worker.conversations, "open", slow)
+    waiting = asyncio.ensure_future(reply(worker))
+    await asyncio.sleep(0.05)
+    gate.set()
+    assert isinstance((await waiting)[-1], Done)
 
 
 async def test_a_refused_request_gives_its_place_back(worker: Worker) -> None:
@@ -77,8 +148,8 @@ async def test_an_error_in_the_device_thread_reaches_its_caller_only(
     well = asyncio.ensure_future(reply(worker, max_new_tokens=40))
     original = worker.conversations.open
 
-    def broken(request: object, emit: object) -> object:
-        session = original(request, emit)  # type: ignore[arg-type]
+    def broken(*args: object) -> object:
+        session = original(*args)  # type: ignore[arg-type]
         monkeypatch.setattr(session.text_stream, "push", lambda ids: 1 / 0)
         return session
 
@@ -152,3 +223,51 @@ async def test_replies_under_way_are_told_when_the_worker_stops() -> None:
 def no_thread_left() -> Iterator[None]:
     yield
     assert not [t for t in threading.enumerate() if t.name == "device" and t.is_alive()]
+
+
+async def test_an_engine_that_breaks_tells_its_callers_and_is_not_ready_any_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The thread once died in silence: callers waited for ever and /ready stayed green."""
+    told = threading.Event()
+    one = Worker(golden_models, SMALL, QUICK)
+    one.start(on_failure=told.set)
+    while not one.status().ready:
+        await asyncio.sleep(0.01)
+    monkeypatch.setattr(one.conversations.scheduler, "update", lambda: 1 / 0)
+    with pytest.raises((GenerationError, NotReady), match="division by zero"):
+        await asyncio.wait_for(reply(one), timeout=10.0)
+    assert await asyncio.to_thread(told.wait, 5.0)
+    assert not one.status().ready
+    one.close()
+
+
+async def test_a_request_that_is_prepared_while_the_worker_stops_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = await until_ready(Worker(golden_models, SMALL, QUICK))
+    original = one.conversations.open
+
+    def slow(*args: object) -> object:
+        session = original(*args)  # type: ignore[arg-type]
+        one.close()
+        return session
+
+    monkeypatch.setattr(one.conversations, "open", slow)
+    with pytest.raises(NotReady, match="stopping"):
+        await asyncio.wait_for(reply(one), timeout=10.0)
+
+
+async def test_times_count_from_the_call_of_answer(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = worker.conversations.open
+
+    def slow(*args: object) -> object:
+        time.sleep(0.3)
+        return original(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(worker.conversations, "open", slow)
+    done = (await reply(worker))[-1]
+    assert isinstance(done, Done)
+    assert done.first_text_s >= 0.3

@@ -17,16 +17,17 @@ from omnispeech.audio.features import log_mel
 from omnispeech.config import DecoderConfig, EngineConfig
 from omnispeech.engine.events import Audio, Event, Message, Samples, Text, TurnRequest
 from omnispeech.engine.interleave import Rules
-from omnispeech.engine.playback import Average, BlockRule, LinearCost
+from omnispeech.engine.pace import Average, BlockRule, LinearCost
 from omnispeech.engine.prefix_cache import Position
 from omnispeech.engine.runner import Models, Runner
-from omnispeech.engine.scheduler import Block, Scheduler
-from omnispeech.engine.session import Session, samplers
+from omnispeech.engine.sampling import samplers
+from omnispeech.engine.scheduler import Scheduler, SoundBlock
+from omnispeech.engine.session import Session
 from omnispeech.engine.vocoder import open_stream
 from omnispeech.errors import AudioError, RequestError
 from omnispeech.prompt import AUDIO, AUDIO_SLOT, PromptMessage
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 
@@ -36,7 +37,7 @@ class Conversations:
     def __init__(self, models: Models, config: EngineConfig, decoder: DecoderConfig) -> None:
         self.models = models
         self.config = config
-        self.decoder = decoder
+        self.decoder_config = decoder
         # compatible rules make an audio's last vector depend on the others of its request
         reuse = config.reuse_prefixes and not config.compatible
         self.runner = Runner(models, config.kv_tokens, reuse_prefixes=reuse)
@@ -54,18 +55,26 @@ class Conversations:
                 step=flow.config.encoder.block_size,
                 first=decoder.first_block,
                 most=decoder.max_block,
-                fixed=decoder.compatible_block if decoder.streaming == "compatible" else 0,
                 unit_audio_s=flow.frames(100) * frame_s / 100,
                 held_back_s=decoder.overlap_frames * frame_s,
             ),
             decode_cost=self._decode_cost,
+            fixed_block=decoder.compatible_block if decoder.streaming == "compatible" else 0,
         )
 
-    def open(self, request: TurnRequest, emit: Callable[[Event | Exception], None]) -> Session:
+    def open(
+        self,
+        request: TurnRequest,
+        emit: Callable[[Event | Exception], None],
+        created_s: float | None = None,
+    ) -> Session:
         """A session for `request`, not yet inserted; its prompt and features are ready.
+
+        created_s: when the request came, by time.perf_counter; None: now.
 
         Raises RequestError if the request can not be answered. Safe from any thread.
         """
+        created_s = time.perf_counter() if created_s is None else created_s
         models = self.models
         audios = [p.samples for m in request.messages for p in m.content if isinstance(p, Audio)]
         prompt = models.prompt.build([_prompt_message(m) for m in request.messages])
@@ -89,13 +98,12 @@ class Conversations:
             text_stream=models.prompt.text_stream(),
             seed=seed,
             emit=emit,
+            created_s=created_s,
         )
 
     def _enter(self, session: Session) -> bool:
-        if not self.runner.enter(session):
-            return False
-        session.vocoder = open_stream(self.models.decoder, self.decoder, session.seed)
-        return True
+        session.vocoder = open_stream(self.models.decoder, self.decoder_config, session.seed)
+        return self.runner.enter(session)
 
     def _mels(self, audios: Sequence[Samples]) -> list[Tensor]:
         """The original pads every audio of a request to the longest."""
@@ -180,25 +188,37 @@ class Conversations:
             self._decode(block)
         return True
 
-    def _decode(self, block: Block) -> None:
+    def _decode(self, block: SoundBlock) -> None:
         window = block.session.vocoder.context + block.units
         began = time.perf_counter()
         self.runner.decode(block)
-        self._decode_cost.add(window, time.perf_counter() - began)
+        if block.units:  # without new ones only what was held back is vocoded
+            self._decode_cost.add(window, time.perf_counter() - began)
+
+    def forget_speeds(self) -> None:
+        """What was measured so far does not count, as when kernels were compiled meanwhile."""
+        self.unit_s.value = 0.0
+        self._decode_cost.clear()
 
 
 def _together(
     items: Sequence[Item], run: Callable[[Sequence[Item]], None], of: Callable[[Item], Session]
 ) -> None:
     """All in one call. If it fails, one by one: an error reaches its own caller and nobody else."""
+    if not items or _succeeds(items, run):
+        return
+    for item in items:  # the failed call's tensors are gone by now
+        with of(item).own_errors():
+            run([item])
+
+
+def _succeeds(items: Sequence[Item], run: Callable[[Sequence[Item]], None]) -> bool:
     try:
-        if items:
-            run(items)
+        run(items)
     except Exception:
-        log.warning("a call for %d replies failed", len(items), exc_info=True)
-        for item in items:
-            with of(item).own_errors():
-                run([item])
+        logger.warning("a call for %d replies failed", len(items), exc_info=True)
+        return False
+    return True
 
 
 def position_keys(

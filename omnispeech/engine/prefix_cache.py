@@ -23,7 +23,7 @@ class PrefixCache:
     def __init__(self, cache: KVCache, *, enabled: bool = True) -> None:
         self._cache = cache
         self._enabled = enabled
-        self._kept: list[Kept] = []  # oldest first
+        self._kept: list[Kept] = []  # least recently used first
 
     @property
     def kept_tokens(self) -> int:
@@ -35,25 +35,40 @@ class PrefixCache:
         The last position is never reused: reading it is what gives the first token.
         """
         best, common = self._longest(key[:-1])
+        if best is not None:  # just used: the last to make room
+            self._kept.remove(best)
+            self._kept.append(best)
         row = self._allocate(capacity)
         if row is not None and best is not None and best in self._kept:
             self._cache.copy(best.row, row, common)
         return row
 
     def keep(self, key: Sequence[Position], row: Row) -> None:
-        """`key`: what the row has read; the room it did not use is given back."""
-        if not self._enabled or not row.length:
+        """`key`: what the row has read; the room it did not use is given back.
+
+        Of two rows of which one begins like the whole other, the longer is kept.
+        """
+        key = key[: row.length]
+        longest, common = self._longest(key)
+        if not self._enabled or not key or (longest is not None and common == len(key)):
             self._cache.release(row)
             return
         self._cache.trim(row)
-        self._kept.append(Kept(key[: row.length], row))
+        for kept in [k for k in self._kept if _common(key, k.key) == len(k.key)]:
+            self._drop(kept)
+        self._kept.append(Kept(key, row))
 
     def _allocate(self, capacity: int) -> Row | None:
         row = self._cache.allocate(capacity)
-        while row is None and self._kept:
-            self._cache.release(self._kept.pop(0).row)
-            row = self._cache.allocate(capacity)
+        if row is None and self._cache.could_allocate(capacity, [k.row for k in self._kept]):
+            while row is None:
+                self._drop(self._kept[0])
+                row = self._cache.allocate(capacity)
         return row
+
+    def _drop(self, kept: Kept) -> None:
+        self._kept.remove(kept)
+        self._cache.release(kept.row)
 
     def _longest(self, key: Sequence[Position]) -> tuple[Kept | None, int]:
         best, most = None, 0

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from omnispeech.audio.features import MelConfig
+from omnispeech.audio.io import pcm16_from_samples
 from omnispeech.engine.prefix_cache import PrefixCache
 from omnispeech.engine.sampling import NOT_FINITE, choose
-from omnispeech.engine.scheduler import Block, LLMTurn
+from omnispeech.engine.scheduler import LLMTurn, SoundBlock
 from omnispeech.engine.session import Session
 from omnispeech.errors import GenerationError
 from omnispeech.layers.kv_cache import Row
@@ -114,10 +115,20 @@ class Runner:
         writing = [
             i for i, t in enumerate(turns) if t.prompt_positions in (0, t.session.prompt_left)
         ]
+        sessions = [turns[i].session for i in writing]
+        chosen = self._choose_text(states[[layout.last[i] for i in writing]], sessions)
         layout.commit()
-        if writing:
-            last = [layout.last[i] for i in writing]
-            self._write_text([turns[i].session for i in writing], states[last])
+        for session, (token, condition) in zip(sessions, chosen, strict=True):
+            with session.own_errors():
+                self._write_token(session, token, condition)
+
+    def _choose_text(self, states: Tensor, sessions: Sequence[Session]) -> list[tuple[int, Tensor]]:
+        """[B, D] -> a token per row, and what its state tells the speech LM: [D']"""
+        if not sessions:
+            return []
+        lm = self.models.lm
+        ids = choose(lm.llm_model.lm_head(states), [s.text_sampler for s in sessions])
+        return list(zip(ids, lm.speech_condition(states), strict=True))
 
     def _llm_vectors(self, turns: Sequence[LLMTurn]) -> Tensor:
         """[T, D]"""
@@ -131,15 +142,6 @@ class Runner:
                 for t in turns
             ]
         )
-
-    def _write_text(self, sessions: Sequence[Session], states: Tensor) -> None:
-        """states: [B, D], from which the next tokens are chosen and the speech is conditioned."""
-        lm = self.models.lm
-        ids = choose(lm.llm_model.lm_head(states), [s.text_sampler for s in sessions])
-        conditions = lm.speech_condition(states)  # [B, D']
-        for session, token, condition in zip(sessions, ids, conditions, strict=True):
-            with session.own_errors():
-                self._write_token(session, token, condition)
 
     def _write_token(self, session: Session, token: int, condition: Tensor) -> None:
         if token == NOT_FINITE:
@@ -202,15 +204,14 @@ class Runner:
         return lm.embed(torch.tensor(ids, device=lm.lm_head.weight.device))
 
     @torch.inference_mode()
-    def decode(self, block: Block) -> None:
+    def decode(self, block: SoundBlock) -> None:
         """Turns units of one reply into sound."""
         session = block.session
         samples = session.vocoder.push(session.pending_units[: block.units], block.final)  # [N]
         del session.pending_units[: block.units]
-        pcm = (samples.clamp(-1.0, 1.0) * 32767.0).round().to(torch.int16).numpy()
-        session.send_audio(
-            pcm.astype("<i2").tobytes(), len(samples) / session.vocoder.decoder.sample_rate_hz
-        )
+        session.blocks += 1
+        seconds = len(samples) / session.vocoder.decoder.sample_rate_hz
+        session.send_audio(pcm16_from_samples(samples.numpy()), seconds)
         if block.final:
             session.send_text(session.text_stream.finish())
             session.flushed = True
@@ -222,8 +223,8 @@ class UnitHead:
 
     def __init__(self, lm: CausalLM, units: UnitVocabulary, ends: frozenset[int]) -> None:
         bias, count = units.units_bias, units.count
-        outside = sorted(end for end in ends if end not in units)
         weight = lm.lm_head.weight
+        outside = sorted(end for end in ends if end not in units and 0 <= end < len(weight))
         self._vocabulary_head = lm.lm_head
         self._ids = [*range(bias, bias + count), *outside]
         self._unit_weight = weight[bias : bias + count]  # [U, D], a view

@@ -7,6 +7,8 @@ from random import Random
 import torch
 from torch import Tensor
 
+from omnispeech.engine.events import TurnRequest
+
 GREEDY_BELOW = 0.001  # the original's threshold for do_sample
 NOT_FINITE = -1
 
@@ -23,6 +25,24 @@ class Sampler:
     @property
     def greedy(self) -> bool:
         return self.temperature <= GREEDY_BELOW
+
+
+def samplers(
+    request: TurnRequest, seed: int, text_top_k: int, speech_top_k: int
+) -> tuple[Sampler, Sampler]:
+    """Text and speech draw from generators of their own: one running ahead changes nothing."""
+    text = Sampler(
+        temperature=request.temperature,
+        top_k=text_top_k,
+        top_p=request.top_p,
+        random=Random(f"text {seed}"),
+    )
+    speech = Sampler(
+        temperature=request.speech_temperature,
+        top_k=speech_top_k,
+        random=Random(f"speech {seed}"),
+    )
+    return text, speech
 
 
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:

@@ -4,12 +4,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from omnispeech.engine.playback import COMFORT_S, BlockRule, LinearCost, Pace
+from omnispeech.engine.pace import BlockRule, LinearCost, Pace
+from omnispeech.engine.playback import COMFORT_S
 from omnispeech.engine.session import Session
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class SoundBlock:
     """Units to decode for one reply; `final`: and everything held back with them."""
 
     session: Session
@@ -40,6 +41,7 @@ class Scheduler:
         leave: Callable[[Session], None],
         block_rule: BlockRule,
         decode_cost: LinearCost,
+        fixed_block: int = 0,
     ) -> None:
         self.waiting: deque[Session] = deque()
         self.running: list[Session] = []
@@ -49,9 +51,14 @@ class Scheduler:
         self._leave = leave
         self._block_rule = block_rule
         self._decode_cost = decode_cost
+        self._fixed_block = fixed_block  # units of every block; 0: by the rule
 
     def insert(self, session: Session) -> None:
         self.waiting.append(session)
+
+    @property
+    def everybody(self) -> list[Session]:
+        return [*self.running, *self.waiting]
 
     def update(self) -> None:
         """Finished and cancelled replies leave, then waiting ones join."""
@@ -72,9 +79,11 @@ class Scheduler:
         """The rows of the next speech-LM call."""
         return [s for s in self._served(now_s) if s.interleaver.wants_speech]
 
-    def block(self, now_s: float, unit_s: float) -> Block | None:
+    def block(self, now_s: float, unit_s: float) -> SoundBlock | None:
         """The most urgent block of sound that is due. unit_s: seconds one unit takes lately."""
-        blocks = (self._block(s, now_s, unit_s) for s in self._served(now_s))
+        # a reply that only has to end gives its place to whoever waits
+        rows = self._by_deadline(now_s) if self.waiting else self._served(now_s)
+        blocks = (self._block(s, now_s, unit_s) for s in rows)
         return next((block for block in blocks if block), None)
 
     def _by_deadline(self, now_s: float) -> list[Session]:
@@ -96,9 +105,12 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_running:
-            if not self._enter(self.waiting[0]):
-                return  # first come, first served: a smaller one behind it must not starve it
-            self.running.append(self.waiting.popleft())
+            first = self.waiting[0]
+            with first.own_errors():
+                if not self._enter(first):
+                    return  # first come, first served: a smaller one behind it must not starve it
+                self.running.append(first)
+            self.waiting.popleft()
 
     def _prompt_pieces(self, sessions: Sequence[Session]) -> list[LLMTurn]:
         """All of a prompt when nobody is talking, else a piece, so that no reply starves."""
@@ -112,19 +124,28 @@ class Scheduler:
                 budget -= count
         return pieces
 
-    def _block(self, session: Session, now_s: float, unit_s: float) -> Block | None:
+    def _block(self, session: Session, now_s: float, unit_s: float) -> SoundBlock | None:
         pending = len(session.pending_units)
-        pace = Pace(
+        ended = session.interleaver.speech_finish is not None
+        if self._fixed_block or session.request.seed is not None:
+            most = self._fixed_block or self._block_rule.scheduled(session.blocks)
+            units = most if pending >= most else 0
+        else:
+            pace = self._pace(session, unit_s)
+            most = self._block_rule.largest(pace)
+            ahead_s = session.playback.ahead_s(now_s)
+            units = 0 if ended else self._block_rule.size(pending, ahead_s, pace)
+        if ended and not units:
+            return SoundBlock(session, min(pending, most), final=pending <= most)
+        return SoundBlock(session, units, final=False) if units else None
+
+    def _pace(self, session: Session, unit_s: float) -> Pace:
+        return Pace(
             unit_s=unit_s,
             talkers=sum(not s.over for s in self.running),
             context=session.vocoder.context,
             cost=self._decode_cost,
         )
-        if session.interleaver.speech_finish is not None:
-            largest = self._block_rule.largest(pace)
-            return Block(session, min(pending, largest), final=pending <= largest)
-        units = self._block_rule.size(pending, session.playback.ahead_s(now_s), pace)
-        return Block(session, units, final=False) if units else None
 
 
 def _deadline(session: Session, now_s: float) -> tuple[int, float]:

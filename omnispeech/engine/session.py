@@ -1,7 +1,6 @@
 """One reply in the making."""
 
 import logging
-import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +21,7 @@ if TYPE_CHECKING:  # tensors are the runner's; decisions need none
     from omnispeech.layers.kv_cache import Row
     from omnispeech.prompt import TextStream
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -41,7 +40,7 @@ class Session:
     emit: Callable[[Event | Exception], None]
     interleaver: Interleaver = field(init=False)
     playback: Playback = field(default_factory=Playback)
-    created_s: float = field(default_factory=time.perf_counter)
+    created_s: float  # when the request came, by time.perf_counter
 
     # on the device, from admission to the end
     vocoder: "VocoderStream" = field(init=False)
@@ -52,6 +51,7 @@ class Session:
     conditions: deque["Tensor"] = field(default_factory=deque)  # states the speech LM will read
     speech_input: SpeechInput | None = None  # decided, not yet computed
     pending_units: list[int] = field(default_factory=list)  # codes not yet decoded
+    blocks: int = 0  # decoded
     flushed: bool = False  # the vocoder has given everything
 
     cancelled: bool = False
@@ -124,29 +124,11 @@ class Session:
         try:
             yield
         except Exception as error:
-            log.exception("a reply failed")
+            logger.exception("a reply failed")
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
         """Tells this caller, and nobody else."""
         self.failed = True
-        self.emit(error)
-
-
-def samplers(
-    request: TurnRequest, seed: int, text_top_k: int, speech_top_k: int
-) -> tuple[Sampler, Sampler]:
-    """Text and speech draw from generators of their own: one running ahead changes nothing."""
-    return (
-        Sampler(
-            temperature=request.temperature,
-            top_k=text_top_k,
-            top_p=request.top_p,
-            random=random.Random(f"text {seed}"),
-        ),
-        Sampler(
-            temperature=request.speech_temperature,
-            top_k=speech_top_k,
-            random=random.Random(f"speech {seed}"),
-        ),
-    )
+        # its traceback would keep the tensors of the failed call alive
+        self.emit(error.with_traceback(None))

@@ -14,6 +14,8 @@ from omnispeech.models.flow import Solver
 from omnispeech.models.hift import HiFT
 from omnispeech.models.speech_decoder import SpeechDecoder
 
+SOURCE_CACHE = 256  # samples that the compatible mode carries from block to block
+
 
 def open_stream(
     decoder: SpeechDecoder, config: DecoderConfig, seed: int, noise: Noise | None = None
@@ -181,11 +183,10 @@ class CompatibleStream(VocoderStream):
         self._prompt = _no_frames(decoder)  # [1, M, P], every frame given to the vocoder
         self.ahead = _no_frames(decoder)  # [1, M, overlap]
         self.last_frame = _no_frames(decoder)  # [1, M, 1]
-        self.last_source = self._prompt.new_zeros(1, 1, 0)  # [1, 1, hop]
+        self.last_source = self._prompt.new_zeros(1, 1, 0)  # [1, 1, N]
 
     def _decode(self, frames: int, final: bool) -> Tensor:
         hift = self.decoder.hift
-        hop = hift.config.hop
         if frames <= self._decoded:
             return self._prompt.new_zeros(1, 0)
         noise = self.noise.start(0, frames)
@@ -195,14 +196,14 @@ class CompatibleStream(VocoderStream):
             mel, self.ahead = mel[:, :, : -self.overlap], mel[:, :, -self.overlap :]
         f0 = hift.f0_predictor(mel)
         phases = self.noise.phases()
-        source = hift.m_source(f0, phases, self.noise.sines(0, f0.shape[1] * hop))
+        source = hift.m_source(f0, phases, self.noise.sines(0, f0.shape[1] * hift.config.hop))
         source = torch.cat((self.last_source, source[:, :, self.last_source.shape[2] :]), dim=2)
         samples = hift(mel, source)
         self._prompt = torch.cat((self._prompt, mel), dim=2)
         if final:
             return samples
-        self.last_frame, self.last_source = mel[:, :, -1:], source[:, :, -hop:]
-        return samples[:, :-hop]
+        self.last_frame, self.last_source = mel[:, :, -1:], source[:, :, -SOURCE_CACHE:]
+        return samples[:, :-SOURCE_CACHE]
 
 
 def _no_frames(decoder: SpeechDecoder) -> Tensor:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,14 +26,17 @@ from omnispeech.engine.events import (
     Message,
     TurnRequest,
 )
+from omnispeech.engine.interleave import Interleaver
 from omnispeech.engine.runner import Models
 from omnispeech.engine.session import Session
 from omnispeech.errors import GenerationError, NotReady, OmniSpeechError, Overloaded
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 IDLE_S = 0.05  # how often an idle thread looks for callers that have left
 CLOSE_S = 10.0  # a thread that is still loading is not waited for any longer
+LOADING = "the models are still being loaded; try again later"
+STOPPING = "the server is stopping"
 WARM_UP = TurnRequest(
     messages=(Message("user", (Audio(np.zeros(INPUT_RATE_HZ // 2, np.float32)),)),),
     max_new_tokens=16,
@@ -75,7 +79,7 @@ class Worker:
     @property
     def conversations(self) -> Conversations:
         if self._conversations is None:
-            raise NotReady(self._failure or "the models are still being loaded; try again later")
+            raise NotReady(self._failure or LOADING)
         return self._conversations
 
     @property
@@ -95,8 +99,9 @@ class Worker:
         )
 
     async def answer(self, request: TurnRequest) -> AsyncGenerator[Event, None]:
+        created_s = time.perf_counter()
         if not self._ready:
-            raise NotReady(self._failure or "the models are still being loaded; try again later")
+            raise NotReady(self._failure or LOADING)
         with self._place():
             loop = asyncio.get_running_loop()
             inbox: asyncio.Queue[Event | Exception] = asyncio.Queue()
@@ -105,9 +110,9 @@ class Worker:
                 with suppress(RuntimeError):  # the caller's loop is closed: it is gone
                     loop.call_soon_threadsafe(inbox.put_nowait, event)
 
-            session = await asyncio.to_thread(self.conversations.open, request, emit)
-            self._inbox.put(session)
+            session = await asyncio.to_thread(self.conversations.open, request, emit, created_s)
             try:
+                self._submit(session)
                 event: Event | Exception | None = None
                 while not isinstance(event, Done):
                     event = await inbox.get()
@@ -118,6 +123,12 @@ class Worker:
                     yield event
             finally:
                 session.cancelled = True  # if the caller is gone: no more work on it
+
+    def _submit(self, session: Session) -> None:
+        with self._lock:
+            if not self._ready:
+                raise NotReady(self._failure or STOPPING)
+            self._inbox.put(session)
 
     @contextmanager
     def _place(self) -> Iterator[None]:
@@ -143,19 +154,21 @@ class Worker:
             self._conversations = Conversations(models, self.config, self._decoder)
             with self._phase("warm up"):
                 warm_up(self._conversations)
+            self._ready = True
+            self._serve(self._conversations)
         except Exception as error:
-            log.exception("the models could not be loaded")
+            logger.exception("the engine ends")
             self._failure = str(error) or type(error).__name__
             self._on_failure()
-            return
-        self._ready = True
-        busy = False
-        while self._take(wait_s=0.0 if busy else IDLE_S):
-            busy = self._conversations.step()
-        self._ready = False
-        self._say_goodbye(self._conversations)
+        finally:
+            self._say_goodbye()
 
-    def _take(self, wait_s: float) -> bool:
+    def _serve(self, conversations: Conversations) -> None:
+        busy = False
+        while self._take(conversations, wait_s=0.0 if busy else IDLE_S):
+            busy = conversations.step()
+
+    def _take(self, conversations: Conversations, wait_s: float) -> bool:
         """Sessions from the inbox into the engine, waiting up to `wait_s` for one; False: stop."""
         while True:
             try:
@@ -164,27 +177,45 @@ class Worker:
                 return True
             if session is None:
                 return False
-            self.conversations.insert(session)
+            conversations.insert(session)
             wait_s = 0.0
 
-    def _say_goodbye(self, conversations: Conversations) -> None:
-        scheduler = conversations.scheduler
-        for session in [*scheduler.running, *scheduler.waiting]:
+    def _say_goodbye(self) -> None:
+        """Nobody is left waiting for an engine that has ended."""
+        with self._lock:
+            self._ready = False
+        sessions = [] if self._conversations is None else self._conversations.scheduler.everybody
+        with suppress(queue.Empty):
+            while True:
+                if session := self._inbox.get_nowait():
+                    sessions.append(session)
+        for session in sessions:
             if not session.over:
-                session.fail(GenerationError("the server is stopping"))
+                session.fail(GenerationError(self._failure or STOPPING))
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
         yield
         self._phases[name] = time.perf_counter() - began
-        log.info("%s: %.1f s", name, self._phases[name])
+        logger.info("%s: %.1f s", name, self._phases[name])
 
 
 def warm_up(conversations: Conversations) -> None:
-    """A turn up to its second block: kernels are compiled, speeds measured, sound has come out."""
+    """A turn up to its second block, twice: the first compiles kernels, the second tells how fast
+    the machine is. Sound must come out."""
+    for _ in range(2):
+        conversations.forget_speeds()
+        if not _first_blocks(conversations):
+            raise GenerationError("the warm-up turn made no sound; the checkpoint may be damaged")
+
+
+def _first_blocks(conversations: Conversations) -> bool:
+    """Whether a turn that nothing but its limits can end makes sound in its first two blocks."""
     events: list[Event | Exception] = []
     session = conversations.open(WARM_UP, events.append)
+    rules = replace(session.rules, text_end=frozenset(), speech_end=frozenset())
+    session.interleaver = Interleaver(rules)
     conversations.insert(session)
     blocks: list[AudioDelta] = []
     while not conversations.idle:
@@ -194,5 +225,4 @@ def warm_up(conversations: Conversations) -> None:
     for event in events:
         if isinstance(event, Exception):
             raise event
-    if not any(np.frombuffer(block.pcm, "<i2").any() for block in blocks):
-        raise GenerationError("the warm-up turn made no sound; the checkpoint may be damaged")
+    return any(np.frombuffer(block.pcm, "<i2").any() for block in blocks)

@@ -16,16 +16,16 @@ def attend(queries: Tensor, cache: KVCache, layer: int, layout: Layout) -> Tenso
 def _attend_row(queries: Tensor, cache: KVCache, layer: int, span: Span) -> Tensor:
     keys = cache.keys[layer, span.keys]  # [L, G, D]
     values = cache.values[layer, span.keys]
-    new, total = queries.shape[0], keys.shape[0]
-    mask = None
-    if 1 < new < total:
-        mask = torch.ones(new, total, dtype=torch.bool, device=queries.device).tril(total - new)
+    if span.mask is not None:
+        # no memory-saving kernel takes a mask and fewer key heads than query heads
+        shared = queries.shape[1] // keys.shape[1]
+        keys, values = keys.repeat_interleave(shared, 1), values.repeat_interleave(shared, 1)
     out = F.scaled_dot_product_attention(
         queries.transpose(0, 1)[None],  # [1, H, T, D]
         keys.transpose(0, 1)[None],  # [1, G, L, D]
         values.transpose(0, 1)[None],
-        attn_mask=mask,
-        is_causal=new == total and new > 1,
+        attn_mask=span.mask,
+        is_causal=span.mask is None and len(queries) > 1,
         enable_gqa=queries.shape[1] != keys.shape[1],
     )
     return out[0].transpose(0, 1)  # [T, H, D]

@@ -25,6 +25,7 @@ class Span:
 
     tokens: slice  # in the call
     keys: slice  # in the cache, the tokens of this call included
+    mask: Tensor | None  # [T, L], which keys each token sees; None: what causality alone says
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,6 +78,11 @@ class KVCache:
                 return Row(start, capacity)
         return None
 
+    def could_allocate(self, capacity: int, without: Sequence[Row]) -> bool:
+        """Whether there would be room if the rows `without` were given back."""
+        runs = sorted([*self._holes, *((row.start, row.capacity) for row in without)])
+        return any(length >= capacity for _, length in _joined(runs))
+
     def release(self, row: Row) -> None:
         """Gives the positions back; the row must not be used again."""
         self._free(row.start, row.capacity)
@@ -95,34 +101,23 @@ class KVCache:
         target.length = count
 
     def _free(self, start: int, length: int) -> None:
-        if not length:
-            return
-        holes = sorted([*self._holes, (start, length)])
-        self._holes = holes[:1]
-        for start, length in holes[1:]:
-            before, size = self._holes[-1]
-            if before + size == start:
-                self._holes[-1] = (before, size + length)
-            else:
-                self._holes.append((start, length))
+        if length:
+            self._holes = _joined(sorted([*self._holes, (start, length)]))
 
     def layout(self, parts: Sequence[tuple[Row, int]]) -> Layout:
         """parts: (row, number of new tokens), in the order of the tokens in the call."""
+        device = self.keys.device
         positions: list[int] = []
         slots: list[int] = []
         spans = []
         for row, count in parts:
             end = row.length + count
             assert end <= row.capacity, (end, row.capacity)
-            spans.append(
-                Span(
-                    slice(len(positions), len(positions) + count),
-                    slice(row.start, row.start + end),
-                )
-            )
+            tokens = slice(len(positions), len(positions) + count)
+            keys = slice(row.start, row.start + end)
+            spans.append(Span(tokens, keys, _causal_mask(count, end, device)))
             positions += range(row.length, end)
             slots += range(row.start + row.length, row.start + end)
-        device = self.keys.device
         return Layout(
             torch.tensor(positions, device=device),
             torch.tensor(slots, device=device),
@@ -134,3 +129,21 @@ class KVCache:
         """keys, values: [T, H, D], in place."""
         self.keys[layer].index_copy_(0, layout.slots, keys)
         self.values[layer].index_copy_(0, layout.slots, values)
+
+
+def _joined(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(start, length) in order -> the same positions, neighbours made one."""
+    joined: list[tuple[int, int]] = []
+    for start, length in runs:
+        if joined and sum(joined[-1]) == start:
+            joined[-1] = (joined[-1][0], joined[-1][1] + length)
+        else:
+            joined.append((start, length))
+    return joined
+
+
+def _causal_mask(new: int, total: int, device: torch.device) -> Tensor | None:
+    """[T, L] for tokens behind others of their row: one alone, or a whole row, needs none."""
+    if not 1 < new < total:
+        return None
+    return torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)

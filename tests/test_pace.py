@@ -2,7 +2,8 @@
 
 import pytest
 
-from omnispeech.engine.playback import BlockRule, LinearCost, Pace, Playback
+from omnispeech.engine.pace import BlockRule, LinearCost, Pace
+from omnispeech.engine.playback import Playback
 
 UNIT_S = 0.08
 HELD_BACK_S = 34 * 256 / 22050
@@ -18,12 +19,11 @@ def pace(
     return Pace(unit_s=unit_s, talkers=talkers, context=0, cost=cost)
 
 
-def rule(first: int = 0, fixed: int = 0) -> BlockRule:
+def rule(first: int = 0) -> BlockRule:
     return BlockRule(
         step=10,
         first=first,
         most=200,
-        fixed=fixed,
         unit_audio_s=UNIT_S,
         held_back_s=HELD_BACK_S,
     )
@@ -77,9 +77,9 @@ def test_a_block_is_no_longer_than_others_can_wait() -> None:
     assert rule().size(150, 99.0, pace(**slow)) == 0
 
 
-def test_compatible_blocks_all_have_the_same_size() -> None:
-    assert rule(fixed=24).size(23, None, pace(1.0)) == 0
-    assert rule(fixed=24).size(60, -5.0, pace(0.0)) == 24
+def test_blocks_of_a_seeded_reply_double_whatever_the_clock_says() -> None:
+    assert [rule().scheduled(i) for i in range(7)] == [10, 20, 40, 80, 160, 200, 200]
+    assert rule(first=20).scheduled(1) == 40
 
 
 def test_blocks_grow_without_a_gap_when_speech_is_written_faster_than_it_is_heard() -> None:
@@ -116,3 +116,10 @@ def test_after_a_gap_the_listener_clock_starts_again() -> None:
     assert playback.ahead_s(10.5) == pytest.approx(0.5)
     playback.sent(1.0, now_s=15.0)
     assert playback.ahead_s(15.0) == pytest.approx(1.0)
+
+
+def test_cost_of_nothing_is_no_cost() -> None:
+    """A reply without a unit once made the next prediction divide by zero."""
+    cost = LinearCost()
+    cost.add(0, 0.01)
+    assert cost.predict(10) == 0.0
