@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,13 @@ def small(tmp_path: Path) -> Path:
     }  # fmt: skip
     (tmp_path / "meta.json").write_text(json.dumps({"dtype": "f32", "stream10_10": [block]}))
     return tmp_path
+
+
+@pytest.fixture
+def golden(tmp_path: Path) -> Path:
+    """A copy that may be changed."""
+    shutil.copytree(GOLDEN, tmp_path / "set")
+    return tmp_path / "set"
 
 
 def failures(directory: Path) -> list[str]:
@@ -141,3 +149,30 @@ def test_report_of_a_failure_or_of_nothing_exits_with_one(
 ) -> None:
     assert print_report(rows) == 1
     assert ("FAILED" in capsys.readouterr().out) == bool(rows)
+
+
+def change_meta(golden: Path, **changes: object) -> None:
+    path = golden / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_facts_in_the_meta_file_that_are_no_lengths_change_nothing(golden: Path) -> None:
+    blocks = json.loads((golden / "meta.json").read_text())["stream24_57"]
+    change_meta(
+        golden, stream_note="made on a Monday", stream24_57=[b | {"seconds": 1.5} for b in blocks]
+    )
+    assert [row for row in compare(golden) if not row.passed] == []
+
+
+def test_a_stored_tensor_that_was_cut_at_any_place_fails(golden: Path) -> None:
+    path = golden / "offline_10.safetensors"
+    stored = load_file(path)
+    save_file(stored | {"source": stored["source"][..., :-1].contiguous()}, path)
+    assert [row.stage for row in compare(golden) if not row.passed] == ["source"]
+
+
+@pytest.mark.parametrize("name", ["inputs.safetensors", "offline_10.safetensors", "flow.pt"])
+def test_a_file_that_was_cut_short_is_named(golden: Path, name: str) -> None:
+    (golden / name).write_bytes((golden / name).read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        list(compare(golden))

@@ -10,6 +10,7 @@ import numpy as np
 import soundfile
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,48 +39,77 @@ def checkpoints(directory: Path) -> list[Path]:
     return [directory / path.name.removeprefix(PREFIX) for path in expected]
 
 
-def read_cases(checkpoint: Path) -> Iterator[Case]:
-    expected = checkpoint.with_name(PREFIX + checkpoint.name)
-    names = {path.stem for path in expected.iterdir() if path.suffix in (".json", ".safetensors")}
+def case_names(checkpoint: Path) -> list[str]:
+    """Of the JSON files that tell a request; others beside them are notes."""
+    expected = _expected(checkpoint)
+    names = sorted(path.name.removesuffix(".json") for path in expected.glob("*.json"))
+    names = [name for name in names if "messages" in _facts(expected, name)]
     if not names:
         raise CheckpointError(f"{expected} holds no case")
-    for name in sorted(names):
-        yield _read_case(checkpoint, expected / name)
+    return names
 
 
-def _read_case(checkpoint: Path, stem: Path) -> Case:
-    facts_file, tensors_file = stem.with_suffix(".json"), stem.with_suffix(".safetensors")
-    for path in (facts_file, tensors_file):
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; a case is a .json and a .safetensors file")
-    facts = json.loads(facts_file.read_text(encoding="utf-8"))
+def read_cases(checkpoint: Path) -> Iterator[Case]:
+    for name in case_names(checkpoint):
+        yield read_case(checkpoint, name)
+
+
+def read_case(checkpoint: Path, name: str) -> Case:
+    expected = _expected(checkpoint)
+    facts = _facts(expected, name)
     items = [_items(message["content"]) for message in facts["messages"]]
-    waves = [item["wave"] for turn in items for item in turn if "wave" in item]
+    waves = [item["wave"] for turn in items for item in turn if item.get("wave")]
     return Case(
-        name=f"{checkpoint.name}/{stem.name}",
+        name=f"{checkpoint.name}/{name}",
         checkpoint=checkpoint,
         messages=tuple(
             PromptMessage(message["role"], tuple(map(_part, turn)))
             for message, turn in zip(facts["messages"], items, strict=True)
         ),
-        sounds=tuple(_read_wave(checkpoint.parent / "waves" / f"{wave}.wav") for wave in waves),
+        sounds=tuple(_read_wave(checkpoint.parent / "waves", wave) for wave in waves),
         facts=facts,
-        tensors=load_file(tensors_file),
+        tensors=_tensors(expected / f"{name}.safetensors"),
     )
 
 
-def _items(content: str | dict[str, str] | list[dict[str, str]]) -> list[dict[str, str]]:
-    if isinstance(content, str):
-        return [{"text": content}]
-    return content if isinstance(content, list) else [content]
+def _expected(checkpoint: Path) -> Path:
+    return checkpoint.with_name(PREFIX + checkpoint.name)
+
+
+def _facts(expected: Path, name: str) -> dict[str, Any]:
+    try:
+        return json.loads((expected / f"{name}.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as exc:
+        raise CheckpointError(f"{expected / name}.json is damaged: {exc}") from exc
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as exc:
+        raise CheckpointError(f"{path} cannot be read: {exc}") from exc
+
+
+def _items(content: Any) -> list[dict[str, str]]:
+    items = content if isinstance(content, list) else [content]
+    return [{"text": item} if isinstance(item, str) else item for item in items]
 
 
 def _part(item: dict[str, str]) -> str | AudioMark:
-    return AUDIO if "wave" in item else item["text"]
+    """An item with sound counts as sound alone (spec: opens2s 5)."""
+    return AUDIO if item.get("wave") else item.get("text", "")
 
 
-def _read_wave(path: Path) -> NDArray[np.float32]:
-    samples, rate_hz = soundfile.read(path, dtype="float32")
+def _read_wave(folder: Path, name: str) -> NDArray[np.float32]:
+    """`name` as it is, or with the ending that it lacks."""
+    paths = [folder / f"{name}{ending}" for ending in ("", ".wav", ".flac")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise CheckpointError(f"{folder} has no sound {name!r}, nor {name}.wav or {name}.flac")
+    try:
+        samples, rate_hz = soundfile.read(path, dtype="float32")
+    except soundfile.SoundFileError as exc:
+        raise CheckpointError(f"{path} cannot be decoded: {exc}") from exc
     if rate_hz != RATE_HZ or samples.ndim != 1:
         raise CheckpointError(f"{path} is not mono at {RATE_HZ} Hz, as a golden sound must be")
     return samples

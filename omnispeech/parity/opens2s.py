@@ -13,7 +13,9 @@ from torch import Tensor
 from omnispeech.assembly import language_models
 from omnispeech.audio.features import MelConfig, log_mel
 from omnispeech.checkpoint.opens2s import LoadedOpenS2S, load_opens2s
-from omnispeech.parity.cases import Case, checkpoints, distance, read_cases
+from omnispeech.engine.runner import LanguageModels
+from omnispeech.errors import OmniSpeechError
+from omnispeech.parity.cases import Case, case_names, checkpoints, distance, read_case
 from omnispeech.parity.generation import compare_generations, is_generation
 from omnispeech.parity.report import Row
 from omnispeech.prompt import AUDIO_SLOT, PromptBuilder
@@ -38,15 +40,34 @@ class Heard:
 
 
 def compare(directory: Path) -> Iterator[Row]:
-    """One row for each golden number of each case of each checkpoint in the directory."""
+    """One row for each golden number of each case of each checkpoint in the directory.
+
+    A case that cannot be read or run is a failing row, and the others are still compared.
+    """
     for checkpoint in checkpoints(directory):
-        loaded = load_opens2s(checkpoint, torch.device("cpu"), torch.float32)
-        models = language_models(checkpoint, loaded, compatible=True)
-        for case in read_cases(checkpoint):
-            heard = hear(case, loaded, models.prompt)
-            yield from compare_facts(case, heard)
-            yield from compare_tensors(case, heard)
-            yield from compare_generations(case, models, heard.prompt, heard.facts["input_ids"])
+        try:
+            loaded = load_opens2s(checkpoint, torch.device("cpu"), torch.float32)
+            models = language_models(checkpoint, loaded, compatible=True)
+            names = case_names(checkpoint)
+        except OmniSpeechError as error:
+            yield not_compared(checkpoint.name, error)
+            continue
+        for name in names:
+            try:
+                yield from compare_case(read_case(checkpoint, name), loaded, models)
+            except OmniSpeechError as error:
+                yield not_compared(f"{checkpoint.name}/{name}", error)
+
+
+def compare_case(case: Case, loaded: LoadedOpenS2S, models: LanguageModels) -> Iterator[Row]:
+    heard = hear(case, loaded, models.prompt)
+    yield from compare_facts(case, heard)
+    yield from compare_tensors(case, heard)
+    yield from compare_generations(case, models, heard.prompt, heard.facts["input_ids"])
+
+
+def not_compared(case: str, error: Exception) -> Row:
+    return Row(case, f"not compared: {error}", float("inf"), EXACT)
 
 
 @torch.inference_mode()
