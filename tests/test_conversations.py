@@ -358,3 +358,16 @@ def test_replies_of_every_length_speak_to_their_end(units: int) -> None:
     run(engine)
     assert len(caller.pcm) / 2 == golden_models().decoder.flow.frames(units) * 256
     assert np.frombuffer(caller.pcm, "<i2")[-256:].any()
+
+
+def test_a_request_of_many_sounds_is_heard_one_sound_per_step() -> None:
+    """So that others are not kept waiting for all of them."""
+    engine = conversations()
+    sounds = tuple(Audio(np.full(16000, 0.01 * i, np.float32)) for i in range(1, 4))
+    request = replace(question(), messages=(Message("user", sounds),))
+    caller = Caller(engine, request)
+    for _ in range(2):
+        engine.step()
+        assert not caller.ids[0]
+    engine.step()
+    assert caller.ids[0]

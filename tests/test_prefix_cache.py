@@ -47,15 +47,16 @@ def test_sound_that_was_heard_is_not_encoded_again(monkeypatch: pytest.MonkeyPat
     engine = conversations()
     answered(engine, turn(FIRST))
     heard: list[int] = []
-    original = engine.models.lm.embed_audio
+    encoder = engine.models.lm.audio_encoder_model
+    original = encoder.encode
 
-    def embed(mels: list[torch.Tensor], *args: object, **kwargs: object) -> list[torch.Tensor]:
-        heard.append(len(mels))
-        return original(mels, *args, **kwargs)  # type: ignore[arg-type]
+    def encode(mel: torch.Tensor, valid_frames: int) -> torch.Tensor:
+        heard.append(valid_frames)
+        return original(mel, valid_frames)
 
-    monkeypatch.setattr(engine.models.lm, "embed_audio", embed)
+    monkeypatch.setattr(encoder, "encode", encode)
     answered(engine, turn(FIRST, ANSWER, SECOND))
-    assert heard == [1]
+    assert heard == [200]  # the second sound: 2 s
 
 
 def test_another_sound_of_the_same_length_is_not_taken_for_the_same() -> None:

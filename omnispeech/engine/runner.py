@@ -84,24 +84,22 @@ class Runner:
 
     @torch.inference_mode()
     def listen(self, session: Session) -> None:
-        """Puts the sound of the request through the encoder and splices it into the prompt.
-
-        What the row has in it already is left out.
-        """
+        """Puts the next audio of the request through the encoder; after the last, the prompt is
+        spliced. What the row has in it already is left out."""
         lm = self.models.lm
-        lengths = iter(session.audio_lengths)
-        widths = [next(lengths) if i == AUDIO_SLOT else 1 for i in session.prompt]
-        first = bisect_right(list(accumulate(widths)), session.reused)  # not reused as a whole
-        known = session.prompt[:first].count(AUDIO_SLOT)
-        weight = lm.llm2tts.weight
-        audios = lm.embed_audio(
-            [mel.to(weight) for mel in session.mels[known:]],
-            session.valid_frames[known:],
-            batch_rule=session.rules.compatible,
-        )
-        vectors = lm.splice(session.prompt[first:], audios)
-        session.prompt_vectors = vectors[session.reused - sum(widths[:first]) :]
-        session.mels = []
+        first, known = _unread(session)
+        heard = known + len(session.frames)
+        if heard < len(session.mels):
+            mel = session.mels[heard].to(lm.llm2tts.weight)
+            frames = lm.audio_encoder_model.encode(mel, session.valid_frames[heard])
+            session.frames.append(frames)
+        if known + len(session.frames) == len(session.mels):
+            lengths = map(lm.audio_encoder_model.output_length, session.valid_frames[known:])
+            rule = session.rules.compatible
+            audios = lm.adapt_audio(session.frames, list(lengths), batch_rule=rule)
+            vectors = lm.splice(session.prompt[first:], audios)
+            session.prompt_vectors = vectors[len(vectors) - session.prompt_left :]
+            session.mels, session.frames = [], []
 
     @torch.inference_mode()
     def run_llm(self, turns: Sequence[LLMTurn]) -> None:
@@ -247,6 +245,14 @@ class UnitHead:
 def _row(row: Row | None) -> Row:
     assert row is not None, "the session holds no memory"
     return row
+
+
+def _unread(session: Session) -> tuple[int, int]:
+    """The first id of the prompt that is not reused as a whole, and how many audios are before."""
+    lengths = iter(session.audio_lengths)
+    widths = [next(lengths) if i == AUDIO_SLOT else 1 for i in session.prompt]
+    first = bisect_right(list(accumulate(widths)), session.reused)
+    return first, session.prompt[:first].count(AUDIO_SLOT)
 
 
 def _prompt_piece(session: Session, count: int) -> Tensor:

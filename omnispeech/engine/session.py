@@ -47,6 +47,7 @@ class Session:
     llm_row: "Row | None" = None
     speech_row: "Row | None" = None
     reused: int = 0  # prompt positions that an earlier conversation has read
+    frames: list["Tensor"] = field(default_factory=list)  # [T, D] of each audio, encoded
     prompt_vectors: "Tensor | None" = None  # [L, D] of the others, from the encoder on
     conditions: deque["Tensor"] = field(default_factory=deque)  # states the speech LM will read
     speech_input: SpeechInput | None = None  # decided, not yet computed
