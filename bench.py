@@ -24,12 +24,13 @@ import torch
 
 from omnispeech.assembly import choose_device, choose_dtype, load_models
 from omnispeech.audio.io import decode_audio
-from omnispeech.checkpoint.tiny import LanguageShape, TinyShape, write_tiny
-from omnispeech.checkpoint.tiny_decoder import DecoderShape
 from omnispeech.config import EngineConfig
 from omnispeech.engine.events import Audio, AudioDelta, Done, Message, TurnRequest
 from omnispeech.engine.playback import Playback
 from omnispeech.engine.worker import Worker
+from omnispeech.tiny.decoder import DecoderShape
+from omnispeech.tiny.directory import write_tiny
+from omnispeech.tiny.shape import LanguageShape, TinyShape
 
 QUESTION = Path(__file__).parent / "examples" / "question.wav"
 

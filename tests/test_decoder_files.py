@@ -243,7 +243,7 @@ def test_defaults_are_the_published_dimensions(directory: Path) -> None:
         ("block_size: 10", "", "flow.encoder.block_size is missing"),
         ("in_channels: 320", "in_channels: 240", "in_channels is 240; known: 320"),
         ("channels: [16, 16]", "channels: [12]", "allowed: multiples of 8"),
-        ("attention_heads: 4", "attention_heads: 7", "do not split into 7 heads"),
+        ("attention_heads: 4", "attention_heads: 7", "a multiple of 7 heads"),
         ("upsample_rates: [8, 8]", "upsample_rates: [8]", "one entry for each of upsample_rates"),
         ("!ref <sample_rate>", "!ref <sample_rat>", "!ref <sample_rat> names nothing"),
         ("hift: !new:cosyvoice.hifigan.generator.HiFTGenerator", "hift:", "'plain mapping'"),

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from omnispeech.checkpoint.files import build_on_meta
 from omnispeech.errors import CheckpointError, RequestError
-from omnispeech.models.omnispeech import AUDIO_SLOT, OmniSpeech, OmniSpeechConfig
+from omnispeech.models.omnispeech import OmniSpeech, OmniSpeechConfig
 
 LM: dict[str, Any] = {
     "hidden_size": 16,
@@ -124,7 +124,7 @@ def test_an_audio_of_one_frame_has_no_vector(model: OmniSpeech) -> None:
 
 def test_splice_puts_each_audio_in_its_slot_in_order(model: OmniSpeech) -> None:
     audios = [torch.randn(3, 16), torch.randn(2, 16)]
-    spliced = model.splice([AUDIO_SLOT, 4, 9, AUDIO_SLOT, 7], audios)
+    spliced = model.splice([-200, 4, 9, -1, 7], audios)
     words = model.llm_model.model.embed_tokens.weight
     expected = torch.cat([audios[0], words[[4, 9]], audios[1], words[[7]]])
     assert torch.equal(spliced, expected)
@@ -134,7 +134,7 @@ def test_splice_without_audio_is_the_embedding(model: OmniSpeech) -> None:
     assert torch.equal(model.splice([3, 1], []), model.llm_model.model.embed_tokens.weight[[3, 1]])
 
 
-@pytest.mark.parametrize("ids, audios", [([1, 2], 1), ([1, AUDIO_SLOT], 0), ([AUDIO_SLOT] * 2, 1)])
+@pytest.mark.parametrize("ids, audios", [([1, 2], 1), ([1, -200], 0), ([-200] * 2, 1)])
 def test_splice_refuses_unequal_numbers_of_slots_and_audios(
     model: OmniSpeech, ids: list[int], audios: int
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from omnispeech.assembly import language_models
 from omnispeech.checkpoint.opens2s import (
     GenerationDefaults,
     LoadedOpenS2S,
@@ -17,6 +18,7 @@ from omnispeech.checkpoint.opens2s import (
 )
 from omnispeech.checkpoint.shards import Shards
 from omnispeech.errors import CheckpointError
+from omnispeech.prompt import UnitVocabulary
 
 GOLDEN = Path(__file__).parent / "golden" / "opens2s" / "opens2s-tiny"
 CPU = torch.device("cpu")
@@ -74,7 +76,7 @@ def test_the_published_layout_loads_every_tensor_as_stored(stored: dict[str, Ten
     loaded = load(GOLDEN)
     assert_equal(loaded, stored)
     assert not loaded.model.training
-    assert (loaded.config.text_span, loaded.config.unit_span) == (2, 4)
+    assert (loaded.model.config.text_span, loaded.model.config.unit_span) == (2, 4)
     assert loaded.preprocessor["feature_size"] == 128
 
 
@@ -104,6 +106,18 @@ def test_shards_load_as_the_single_file_does(
     assert_equal(load(checkpoint), stored)
 
 
+@pytest.mark.parametrize("kind", [None, "omnispeech"])
+def test_a_config_is_read_without_a_model_type_and_with_one(
+    checkpoint: Path, stored: dict[str, Tensor], kind: str | None
+) -> None:
+    """Defect B18: published files have none, so generic loaders can not open them."""
+    assert "model_type" not in json.loads((checkpoint / "config.json").read_text())
+    change_json(
+        checkpoint / "config.json", lambda c: c.update({"model_type": kind} if kind else {})
+    )
+    assert_equal(load(checkpoint), stored)
+
+
 def test_keys_with_defaults_may_be_absent(checkpoint: Path, stored: dict[str, Tensor]) -> None:
     def strip(config: dict[str, Any]) -> None:
         for nested in ("audio_encoder_config", "llm_config", "tts_lm_config"):
@@ -123,7 +137,7 @@ def test_the_rope_parameters_of_transformers_5_are_understood(checkpoint: Path) 
             config[lm]["rope_parameters"] = {"rope_theta": 5000.0, "rope_type": "default"}
 
     change_json(checkpoint / "config.json", rewrite)
-    assert load(checkpoint).config.llm.rope_theta == 5000.0
+    assert load(checkpoint).model.config.llm.rope_theta == 5000.0
 
 
 # what does not fit
@@ -230,6 +244,18 @@ def test_features_that_do_not_fit_the_encoder_are_refused(
     change_json(checkpoint / "audio/preprocessor_config.json", lambda p: p.update(change))
     with pytest.raises(CheckpointError, match=message):
         load(checkpoint)
+
+
+def test_units_without_a_row_in_the_speech_model_are_refused(checkpoint: Path) -> None:
+    units = UnitVocabulary.from_directory(checkpoint / "tts")
+    rows = load(checkpoint).model.config.tts_lm.vocab_size
+    more = [
+        {"content": f"<|audio_{unit}|>", "id": units.to_id(unit)}
+        for unit in range(units.count, units.to_unit(rows) + 1)
+    ]
+    change_json(checkpoint / "tts/tokenizer.json", lambda t: t["added_tokens"].extend(more))
+    with pytest.raises(CheckpointError, match=rf"up to id {rows}, .* has {rows} rows"):
+        language_models(checkpoint, load(checkpoint))
 
 
 # heads and embeddings
@@ -349,10 +375,9 @@ def test_half_a_lora_is_refused(checkpoint: Path, stored: dict[str, Tensor], par
 
 def test_generation_defaults_are_those_of_the_files() -> None:
     loaded = load(GOLDEN)
-    common: dict[str, Any] = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}
-    assert loaded.text_generation == GenerationDefaults(eos_ids=(572, 570), **common)
+    assert loaded.text_generation == GenerationDefaults(eos_ids=(572, 570), top_k=20)
     assert loaded.speech_generation == GenerationDefaults(
-        eos_ids=(302, 300), max_new_tokens=512, **common
+        eos_ids=(302, 300), top_k=20, max_new_tokens=512
     )
 
 
@@ -368,7 +393,7 @@ def test_the_end_id_may_be_a_number_or_a_list(
 def test_absent_settings_mean_the_defaults_of_the_original(checkpoint: Path) -> None:
     (checkpoint / "tts/generation_config.json").write_text('{"eos_token_id": 302}')
     assert load(checkpoint).speech_generation == GenerationDefaults(
-        eos_ids=(302,), do_sample=False, temperature=1.0, top_k=50, top_p=1.0, max_new_tokens=512
+        eos_ids=(302,), top_k=50, max_new_tokens=512
     )
 
 
@@ -393,3 +418,13 @@ def test_without_generation_files_the_end_ids_are_those_of_the_nested_configs(
 def test_a_checkpoint_that_names_no_end_id_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no eos_token_id in .*nothing would end a reply"):
         read_generation(tmp_path / "generation_config.json", {"vocab_size": 9})
+
+
+@pytest.mark.parametrize("end", [582, -1, [302, 900], "302"])
+def test_an_end_id_that_the_model_does_not_know_is_refused(checkpoint: Path, end: object) -> None:
+    change_json(checkpoint / "tts/generation_config.json", lambda g: g.update(eos_token_id=end))
+    wrong = repr(end[-1] if isinstance(end, list) else end)
+    with pytest.raises(CheckpointError) as error:
+        load(checkpoint)
+    assert f"end id {wrong} of {checkpoint}/tts/generation_config.json" in str(error.value)
+    assert "allowed: 0 to 581" in str(error.value)

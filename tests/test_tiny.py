@@ -10,14 +10,15 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
-from omnispeech.checkpoint import tiny
 from omnispeech.checkpoint.decoder import load_decoder
 from omnispeech.checkpoint.opens2s import load_opens2s
-from omnispeech.checkpoint.tiny import LanguageShape, TinyShape, write_tiny
-from omnispeech.checkpoint.tiny_decoder import DecoderShape, with_weight_norm
 from omnispeech.errors import CheckpointError
 from omnispeech.models.speech_decoder import SpeechDecoder
 from omnispeech.prompt import AUDIO, AUDIO_SLOT, PromptBuilder, PromptMessage, UnitVocabulary
+from omnispeech.tiny import directory
+from omnispeech.tiny.decoder import DecoderShape, with_weight_norm
+from omnispeech.tiny.directory import write_tiny
+from omnispeech.tiny.shape import LanguageShape, TinyShape
 
 GOLDEN = Path(__file__).parent / "golden"
 TOKENIZER_FILES = (
@@ -92,7 +93,7 @@ def test_it_is_a_few_megabytes(models: Path) -> None:
 def test_the_same_seed_gives_the_same_bytes_in_another_process(
     models: Path, tmp_path: Path
 ) -> None:
-    code = "import sys, pathlib; from omnispeech.checkpoint.tiny import write_tiny as w; "
+    code = "import sys, pathlib; from omnispeech.tiny.directory import write_tiny as w; "
     code += "w(pathlib.Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "again")], check=True)
     assert hashes(tmp_path / "again") == hashes(models)
@@ -125,7 +126,7 @@ def test_nothing_is_left_when_writing_fails(
         (path / "config.yaml").touch()
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(tiny, "write_decoder", fail)
+    monkeypatch.setattr(directory, "write_decoder", fail)
     with pytest.raises(OSError, match="disk is full"):
         write_tiny(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -169,16 +170,16 @@ def test_weight_norm_splits_what_it_folds() -> None:
 
 def test_opens2s_loads_exactly(models: Path) -> None:
     loaded = load_opens2s(models / "OpenS2S", torch.device("cpu"), torch.float32)
-    assert (loaded.config.text_span, loaded.config.unit_span) == (4, 8)
+    config = loaded.model.config
+    assert (config.text_span, config.unit_span) == (4, 8)
     assert loaded.speech_generation.max_new_tokens == 100
-    width = loaded.config.tts_lm.num_attention_heads * loaded.config.tts_lm.head_dim
-    assert width != loaded.config.tts_lm.hidden_size
+    assert config.tts_lm.num_attention_heads * config.tts_lm.head_dim != config.tts_lm.hidden_size
 
 
 def test_vocabularies_fit_the_embeddings_and_the_decoder(
     models: Path, decoder: SpeechDecoder
 ) -> None:
-    config = load_opens2s(models / "OpenS2S", torch.device("cpu"), torch.float32).config
+    config = load_opens2s(models / "OpenS2S", torch.device("cpu"), torch.float32).model.config
     tokenizer = Tokenizer.from_file(str(models / "OpenS2S" / "tokenizer.json"))
     units = UnitVocabulary.from_directory(models / "OpenS2S" / "tts")
     assert config.llm.vocab_size == tokenizer.get_vocab_size()
@@ -260,7 +261,8 @@ def test_a_larger_checkpoint_is_a_matter_of_sizes(tmp_path: Path) -> None:
     )
     write_tiny(tmp_path, shape=shape)
     loaded = load_opens2s(tmp_path / "OpenS2S", torch.device("cpu"), torch.bfloat16)
-    assert (loaded.config.llm.num_hidden_layers, loaded.config.tts_lm.hidden_size) == (3, 80)
+    config = loaded.model.config
+    assert (config.llm.num_hidden_layers, config.tts_lm.hidden_size) == (3, 80)
     assert len(list((tmp_path / "OpenS2S").glob("model-*.safetensors"))) == 3
     decoder = load_decoder(tmp_path / "glm-4-voice-decoder", convert=False)
     assert decoder.hift.config.base_channels == 64

@@ -109,7 +109,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as exc:
         raise CheckpointError(f"{path} does not exist") from exc
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as exc:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as exc:
         raise CheckpointError(
             f"{path} is damaged, or holds more than tensors (never executed): {_first_line(exc)}"
         ) from exc

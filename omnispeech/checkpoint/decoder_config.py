@@ -187,8 +187,10 @@ def encoder_config(encoder: Section) -> FlowEncoderConfig:
     encoder.one_of("static_chunk_size", (0,), 0)
     encoder.one_of("use_dynamic_chunk", (False,), False)
     width, heads = encoder.whole("output_size"), encoder.whole("attention_heads")
-    if heads == 0 or width % (2 * heads):
-        raise CheckpointError(f"{encoder.path}: {width} channels do not split into {heads} heads")
+    if heads == 0 or width % heads or width % 2:
+        raise CheckpointError(
+            f"{encoder.path}: {width} channels; allowed: even, and a multiple of {heads} heads"
+        )
     return FlowEncoderConfig(
         input_size=encoder.whole("input_size"),
         output_size=width,

@@ -29,27 +29,31 @@ def build_on_meta(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def assign_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Puts `weights` in place of the meta tensors of `model`, without a copy.
+    """Puts `weights` in place of the meta tensors of `model`, without a copy, if they fit."""
+    check_weights(model, {name: tuple(tensor.shape) for name, tensor in weights.items()}, source)
+    model.load_state_dict(weights, assign=True)
 
-    Raises CheckpointError, with every missing, unexpected and misshapen tensor, if they do not
-    fit exactly. `source` names the file or directory in the message.
+
+def check_weights(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], source: str) -> None:
+    """Raises CheckpointError, with every missing, unexpected and misshapen tensor.
+
+    `source` names the file or directory in the message.
     """
-    wanted = model.state_dict()
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     complaints = [
-        *_listed("missing", wanted.keys() - weights.keys()),
-        *_listed("unexpected", weights.keys() - wanted.keys()),
+        *_listed("missing", wanted.keys() - shapes.keys()),
+        *_listed("unexpected", shapes.keys() - wanted.keys()),
         *_listed(
             "misshapen",
             (
-                f"{name} {list(weights[name].shape)} instead of {list(wanted[name].shape)}"
-                for name in wanted.keys() & weights.keys()
-                if weights[name].shape != wanted[name].shape
+                f"{name} {list(shapes[name])} instead of {list(wanted[name])}"
+                for name in wanted.keys() & shapes.keys()
+                if shapes[name] != wanted[name]
             ),
         ),
     ]
     if complaints:
         raise CheckpointError(f"{source} does not fit the model: {'; '.join(complaints)}")
-    model.load_state_dict(weights, assign=True)
 
 
 def _listed(kind: str, names: Iterable[str]) -> list[str]:

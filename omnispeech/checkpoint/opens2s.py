@@ -7,11 +7,12 @@ from typing import Any, cast
 
 import torch
 
-from omnispeech.checkpoint.files import assign_weights, build_on_meta
+from omnispeech.checkpoint.files import assign_weights, build_on_meta, check_weights
 from omnispeech.checkpoint.lora import MergedLora, has_lora
 from omnispeech.checkpoint.shards import Shards, TensorFiles, read_json
 from omnispeech.errors import CheckpointError
 from omnispeech.models.omnispeech import OmniSpeech, OmniSpeechConfig
+from omnispeech.models.qwen3 import Qwen3Config
 
 NEEDED = (
     "config.json",
@@ -25,20 +26,16 @@ UNIT_LIMIT = 512  # of one reply where the checkpoint sets none: about 41 s of s
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationDefaults:
-    """Of a generation_config.json; an absent key means the default of transformers 4.51."""
+    """What a request does not set itself; an absent key means the default of transformers 4.51."""
 
     eos_ids: tuple[int, ...]
-    do_sample: bool = False
-    temperature: float = 1.0
     top_k: int = 50  # 0: off
-    top_p: float = 1.0
     max_new_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedOpenS2S:
     model: OmniSpeech
-    config: OmniSpeechConfig
     preprocessor: dict[str, Any]  # audio/preprocessor_config.json as it is
     text_generation: GenerationDefaults
     speech_generation: GenerationDefaults
@@ -51,13 +48,14 @@ def load_opens2s(directory: Path, device: torch.device, dtype: torch.dtype) -> L
     config = OmniSpeechConfig.from_dict(raw)
     preprocessor = read_json(directory / "audio/preprocessor_config.json")
     _check_segments(preprocessor, config)
+    text = read_generation(directory / "generation_config.json", raw["llm_config"])
     speech = read_generation(
         directory / "tts/generation_config.json", raw["tts_lm_config"], limit=UNIT_LIMIT
     )
-    text = read_generation(directory / "generation_config.json", raw["llm_config"])
+    _check_end_ids(directory / "generation_config.json", text, config.llm)
+    _check_end_ids(directory / "tts/generation_config.json", speech, config.tts_lm)
     return LoadedOpenS2S(
         model=_load_model(directory, raw, config, device, dtype),
-        config=config,
         preprocessor=preprocessor,
         text_generation=text,
         speech_generation=speech,
@@ -79,12 +77,18 @@ def read_generation(
         )
     return GenerationDefaults(
         eos_ids=tuple(eos) if isinstance(eos, list) else (eos,),
-        do_sample=raw.get("do_sample", False),
-        temperature=_absent_or_null(raw, "temperature", 1.0, null=1.0),
         top_k=_absent_or_null(raw, "top_k", 50, null=0),
-        top_p=_absent_or_null(raw, "top_p", 1.0, null=1.0),
         max_new_tokens=_absent_or_null(raw, "max_new_tokens", limit, null=limit),
     )
+
+
+def _check_end_ids(path: Path, generation: GenerationDefaults, lm: Qwen3Config) -> None:
+    for end in generation.eos_ids:
+        if end not in range(lm.vocab_size):
+            raise CheckpointError(
+                f"end id {end!r} of {path} (or of config.json, if that file names none) is not "
+                f"in the vocabulary; allowed: 0 to {lm.vocab_size - 1}"
+            )
 
 
 def _absent_or_null(raw: Mapping[str, Any], name: str, absent: Any, *, null: Any) -> Any:
@@ -128,9 +132,9 @@ def _load_model(
     model = cast(OmniSpeech, build_on_meta(lambda: OmniSpeech(config)))
     tensors = _open(directory, raw, device)
     tied = _tied_heads(config, tensors)
-    shapes = {name: torch.empty(tensors.shape(name), device="meta") for name in tensors.names}
+    shapes = {name: tensors.shape(name) for name in tensors.names}
     # The headers tell whether all fits: a misfit is not found after reading 22 GB.
-    assign_weights(model, shapes | {head: shapes[e] for head, e in tied.items()}, str(directory))
+    check_weights(model, shapes | {head: shapes[e] for head, e in tied.items()}, str(directory))
     weights = {name: tensors.read(name, device, dtype) for name in tensors.names}
     assign_weights(model, weights | {head: weights[e] for head, e in tied.items()}, str(directory))
     return model

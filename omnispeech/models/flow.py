@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omnispeech.models.flow_encoder import FlowEncoder, FlowEncoderConfig
-from omnispeech.models.unet import MaskedGroupNorm, UNet, UNetConfig
+from omnispeech.models.unet import UNet, UNetConfig
 
 # Part of the published network, whatever rate the vocoder of the same directory speaks at.
 FRAMES_PER_SECOND = Fraction(22050, 256)
@@ -38,7 +38,6 @@ class Solver:
 
     times: tuple[float, ...]  # rising from 0 to 1; one Euler step between neighbours
     guidance: float  # 0: the unconditional call is not made
-    pad_to: int = 1  # the estimator sees a multiple of so many frames
 
 
 def cosine_times(steps: int) -> Tensor:
@@ -59,7 +58,7 @@ class LengthRegulator(nn.Module):
         convolutions: list[nn.Module] = []
         for _ in range(layers):
             convolutions.append(nn.Conv1d(channels, channels, 3, padding=1))
-            convolutions.append(MaskedGroupNorm(groups, channels))
+            convolutions.append(nn.GroupNorm(groups, channels))
             convolutions.append(nn.Mish())
         self.model = nn.Sequential(*convolutions, nn.Conv1d(channels, channels, 1))
 
@@ -87,23 +86,18 @@ class FlowMatching(nn.Module):
 
     def forward(self, noise: Tensor, conditions: Tensor, solver: Solver) -> Tensor:
         """noise [1, M, T], conditions [1, C, T] -> mel [1, M, T]"""
-        frames = noise.shape[2]
-        padding = -frames % solver.pad_to
-        x, conditions = F.pad(noise, (0, padding)), F.pad(conditions, (0, padding))
-        valid = None
-        if solver.pad_to > 1:
-            valid = (torch.arange(frames + padding, device=x.device) < frames).float()[None, None]
+        x = noise
         if solver.guidance:
             # The guided and the free estimate are one batch; the free one knows no condition.
             conditions = torch.cat((conditions, torch.zeros_like(conditions)))
         tau = self.estimator.time_vectors(torch.tensor(solver.times[:-1], device=x.device))
         for k, (now, then) in enumerate(pairwise(solver.times)):
             rows = x.expand(conditions.shape[0], -1, -1)
-            v = self.estimator(rows, conditions, tau[k : k + 1], valid)
+            v = self.estimator(rows, conditions, tau[k : k + 1])
             if solver.guidance:
                 v = (1 + solver.guidance) * v[:1] - solver.guidance * v[1:]
             x = x + (then - now) * v
-        return x[:, :, :frames]
+        return x
 
 
 class Flow(nn.Module):
@@ -125,17 +119,12 @@ class Flow(nn.Module):
         return int(units * FRAMES_PER_SECOND / Fraction(str(self.config.input_frame_rate)))
 
     def solver(
-        self,
-        *,
-        steps: int = 10,
-        schedule: str | None = None,
-        guidance: float | None = None,
-        pad_to: int = 1,
+        self, *, steps: int = 10, schedule: str | None = None, guidance: float | None = None
     ) -> Solver:
         """What is not given is as in the checkpoint."""
         times = SCHEDULES[schedule or self.config.schedule](steps)
         weight = self.config.guidance if guidance is None else guidance
-        return Solver(tuple(times.tolist()), weight, pad_to)
+        return Solver(tuple(times.tolist()), weight)
 
     def forward(
         self,

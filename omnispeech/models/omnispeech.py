@@ -13,8 +13,6 @@ from omnispeech.models.qwen3 import CausalLM, Qwen3Config
 from omnispeech.models.speech_lm import SpeechLM
 from omnispeech.models.whisper import ENCODERS, EncoderConfig
 
-AUDIO_SLOT = -200  # stands in the prompt where the vectors of an audio go
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OmniSpeechConfig:
@@ -118,8 +116,11 @@ class OmniSpeech(nn.Module):
         return self.audio_adapter(seen[None])[0, : self.audio_adapter.output_length(length)]
 
     def splice(self, ids: Sequence[int], audios: Sequence[Tensor]) -> Tensor:
-        """Token ids with AUDIO_SLOT where the next audio's [T', H] goes -> [L, H]."""
-        slots = [place for place, token in enumerate(ids) if token == AUDIO_SLOT]
+        """Token ids and [T', H] of each audio -> [L, H].
+
+        A negative id stands where the next audio goes.
+        """
+        slots = [place for place, token in enumerate(ids) if token < 0]
         if len(slots) != len(audios):
             raise RequestError(
                 f"the prompt has {len(slots)} audio slots and the request {len(audios)} audios; "

@@ -49,33 +49,17 @@ class TimeMLP(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-class MaskedGroupNorm(nn.GroupNorm):
-    """Statistics over the valid frames only, so that padding changes nothing."""
-
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """x [B, C, T], valid [1, 1, T] -> [B, C, T]"""
-        if valid is None:
-            # nn.GroupNorm refuses a single frame, for the sake of training.
-            return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        groups = x.view(x.shape[0], self.num_groups, -1, x.shape[2])  # [B, G, C / G, T]
-        weight = valid / (valid.sum() * groups.shape[2])  # [1, 1, T], sums to one over a group
-        mean = (groups * weight).sum((2, 3), keepdim=True)
-        variance = ((groups - mean).square() * weight).sum((2, 3), keepdim=True)
-        normal = ((groups - mean) * torch.rsqrt(variance + self.eps)).flatten(1, 2)
-        return normal * self.weight[:, None] + self.bias[:, None]
-
-
 class Block(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.block = nn.ModuleList(
-            (nn.Conv1d(in_channels, out_channels, 3, padding=1), MaskedGroupNorm(8, out_channels))
+            (nn.Conv1d(in_channels, out_channels, 3, padding=1), nn.GroupNorm(8, out_channels))
         )
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[B, in_channels, T] -> [B, out_channels, T]"""
         conv, norm = self.block
-        return F.mish(norm(conv(_blank(x, valid)), valid))
+        return F.mish(norm(conv(x)))
 
 
 class ResNetBlock(nn.Module):
@@ -86,10 +70,10 @@ class ResNetBlock(nn.Module):
         self.block2 = Block(out_channels, out_channels)
         self.res_conv = nn.Conv1d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, tau: Tensor, valid: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, tau: Tensor) -> Tensor:
         """x [B, in_channels, T], tau [1, D] -> [B, out_channels, T]"""
-        h = self.block1(x, valid) + self.mlp(tau)[:, :, None]
-        return self.block2(h, valid) + self.res_conv(x)
+        h = self.block1(x) + self.mlp(tau)[:, :, None]
+        return self.block2(h) + self.res_conv(x)
 
 
 class Attention(nn.Module):
@@ -101,14 +85,13 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(width, heads * head_width, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(heads * head_width, width)])
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
         q, k, v = (
             layer(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2)  # [B, H, T, head width]
             for layer in (self.to_q, self.to_k, self.to_v)
         )
-        mask = None if valid is None else valid[:, None] > 0  # [1, 1, 1, T]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = F.scaled_dot_product_attention(q, k, v)
         return self.to_out[0](y.transpose(1, 2).flatten(2))
 
 
@@ -143,9 +126,9 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width, eps=1e-5)
         self.ff = FeedForward(width, config.act_fn)
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[B, T, C] -> [B, T, C]"""
-        x = x + self.attn1(self.norm1(x), valid)
+        x = x + self.attn1(self.norm1(x))
         return x + self.ff(self.norm3(x))
 
 
@@ -203,47 +186,33 @@ class UNet(nn.Module):
         """[S] -> [S, D]; they depend on nothing else, so a whole schedule is made at once."""
         return self.time_mlp(self.time_embeddings(times))
 
-    def forward(
-        self, x: Tensor, conditions: Tensor, tau: Tensor, valid: Tensor | None = None
-    ) -> Tensor:
-        """x [B, M, T], conditions [B, in_channels - M, T], tau [1, D] -> [B, M, T]
-
-        `valid` [1, 1, T] is 1.0 for frames and 0.0 for padding at the end.
-        """
+    def forward(self, x: Tensor, conditions: Tensor, tau: Tensor) -> Tensor:
+        """x [B, M, T], conditions [B, in_channels - M, T], tau [1, D] -> [B, M, T]"""
         x = torch.cat((x, conditions), dim=1)
-        skips: list[tuple[Tensor, Tensor | None]] = []
+        skips: list[Tensor] = []
         for stage in self.down_blocks:
             resnet, blocks, resize = stage.children()
-            x = _stage(resnet, blocks, x, tau, valid)
-            skips.append((x, valid))
-            x = resize(_blank(x, valid))
-            if valid is not None and isinstance(resize, HalveTime):
-                valid = valid[:, :, ::2]
+            x = _stage(resnet, blocks, x, tau)
+            skips.append(x)
+            x = resize(x)
         for stage in self.mid_blocks:
             resnet, blocks = stage.children()
-            x = _stage(resnet, blocks, x, tau, valid)
+            x = _stage(resnet, blocks, x, tau)
         for stage in self.up_blocks:
             resnet, blocks, resize = stage.children()
-            skip, valid = skips.pop()
+            skip = skips.pop()
             x = torch.cat((x[:, :, : skip.shape[2]], skip), dim=1)  # [B, 2 C, T]
-            x = resize(_blank(_stage(resnet, blocks, x, tau, valid), valid))
-        return self.final_proj(self.final_block(x, valid))
+            x = resize(_stage(resnet, blocks, x, tau))
+        return self.final_proj(self.final_block(x))
 
 
-def _stage(
-    resnet: nn.Module, blocks: nn.Module, x: Tensor, tau: Tensor, valid: Tensor | None
-) -> Tensor:
+def _stage(resnet: nn.Module, blocks: nn.Module, x: Tensor, tau: Tensor) -> Tensor:
     """[B, in_channels, T] -> [B, C, T]"""
-    x = resnet(x, tau, valid).transpose(1, 2)  # [B, T, C]
+    x = resnet(x, tau).transpose(1, 2)  # [B, T, C]
     for block in blocks.children():
-        x = block(x, valid)
+        x = block(x)
     return x.transpose(1, 2)
 
 
 def _same_time(channels: int) -> nn.Module:
     return nn.Conv1d(channels, channels, 3, padding=1)
-
-
-def _blank(x: Tensor, valid: Tensor | None) -> Tensor:
-    """A convolution must find zeros behind the last frame, as it would without padding."""
-    return x if valid is None else x * valid

@@ -1,13 +1,7 @@
-"""Writes small checkpoints of random weights, in every file as the published ones.
-
-They are what a newcomer, the tests and the benchmark talk to when no trained model is at hand.
-"""
+"""Writes a small OpenS2S checkpoint of random weights, steered so that its replies are words."""
 
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +11,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from omnispeech.checkpoint.files import build_on_meta
-from omnispeech.checkpoint.tiny_decoder import DecoderShape, write_decoder
-from omnispeech.checkpoint.tiny_tokenizer import (
+from omnispeech.models.omnispeech import OmniSpeech, OmniSpeechConfig
+from omnispeech.prompt import AUDIO_END, AUDIO_START, SPEECH_END, SPEECH_START
+from omnispeech.tiny.shape import LanguageShape, TinyShape
+from omnispeech.tiny.tokenizer import (
     END_OF_TEXT,
     END_OF_TURN,
     id_of,
@@ -26,86 +22,12 @@ from omnispeech.checkpoint.tiny_tokenizer import (
     write_json,
     write_tokenizer,
 )
-from omnispeech.checkpoint.tiny_weights import random_weights
-from omnispeech.errors import CheckpointError
-from omnispeech.models.omnispeech import OmniSpeech, OmniSpeechConfig
-from omnispeech.prompt import AUDIO_END, AUDIO_START, SPEECH_END, SPEECH_START
+from omnispeech.tiny.weights import random_weights
 
-OPENS2S, DECODER = "OpenS2S", "glm-4-voice-decoder"
 PLAIN_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ,.?!'")
 STEADY = 3.0  # value of the channel that every embedding shares, see `_steer`
 SPREAD = 2.0  # standard deviation of the logits: neither one token only nor all alike
 UNLIKELY = -12.0  # logit that is never sampled
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LanguageShape:
-    hidden: int
-    inner: int
-    layers: int = 2
-    heads: int = 4
-    kv_heads: int = 2
-    head_width: int = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TinyShape:
-    """Sizes of the networks; the defaults make about 3 MB."""
-
-    encoder_width: int = 64
-    encoder_inner: int = 128
-    encoder_layers: int = 2
-    encoder_heads: int = 4
-    adapter_inner: int = 32
-    llm: LanguageShape = LanguageShape(hidden=64, inner=128)
-    speech: LanguageShape = LanguageShape(hidden=48, inner=96)  # not heads * head_width
-    decoder: DecoderShape = field(default_factory=DecoderShape)
-    merges: int = 300  # of the text tokenizer
-    units: int = 512
-    shards: int = 2
-    text_length: int = 32  # tokens of a sampled reply, about, on average
-    speech_tail: int = 24  # units after the text has ended, likewise
-    unit_limit: int = 100  # of one reply: 8 s of speech
-
-
-def write_tiny(directory: Path, seed: int = 0, shape: TinyShape | None = None) -> None:
-    """`directory/OpenS2S` and `directory/glm-4-voice-decoder`, both whole or not there.
-
-    The same seed and shape give the same bytes.
-    """
-    shape = shape or TinyShape()
-    writers: dict[str, Callable[[Path], None]] = {
-        OPENS2S: lambda path: write_opens2s(path, seed, shape),
-        DECODER: lambda path: write_decoder(path, seed, shape.decoder, shape.units),
-    }
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory")
-    for name in writers:
-        _refuse_occupied(directory / name)
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = {name: directory / f".{name}.{os.getpid()}.partial" for name in writers}
-    try:
-        for name, write in writers.items():
-            partial[name].mkdir()
-            write(partial[name])
-            _sync(partial[name])
-        for name, path in partial.items():
-            os.replace(path, directory / name)
-    finally:
-        for path in partial.values():
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _refuse_occupied(path: Path) -> None:
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise CheckpointError(f"{path} is there already; name another directory, or delete it")
-
-
-def _sync(directory: Path) -> None:
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def write_opens2s(directory: Path, seed: int, shape: TinyShape) -> None:

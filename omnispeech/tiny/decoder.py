@@ -8,9 +8,9 @@ from torch import Tensor
 
 from omnispeech.checkpoint.decoder_config import read_config
 from omnispeech.checkpoint.files import build_on_meta
-from omnispeech.checkpoint.tiny_weights import random_weights
 from omnispeech.models.flow import Flow
 from omnispeech.models.hift import HiFT
+from omnispeech.tiny.weights import random_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,35 @@
+"""How large the networks of a random checkpoint are."""
+
+from dataclasses import dataclass, field
+
+from omnispeech.tiny.decoder import DecoderShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageShape:
+    hidden: int
+    inner: int
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    head_width: int = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TinyShape:
+    """Sizes of the networks; the defaults make about 3 MB."""
+
+    encoder_width: int = 64
+    encoder_inner: int = 128
+    encoder_layers: int = 2
+    encoder_heads: int = 4
+    adapter_inner: int = 32
+    llm: LanguageShape = LanguageShape(hidden=64, inner=128)
+    speech: LanguageShape = LanguageShape(hidden=48, inner=96)  # not heads * head_width
+    decoder: DecoderShape = field(default_factory=DecoderShape)
+    merges: int = 300  # of the text tokenizer
+    units: int = 512
+    shards: int = 2
+    text_length: int = 32  # tokens of a sampled reply, about, on average
+    speech_tail: int = 24  # units after the text has ended, likewise
+    unit_limit: int = 100  # of one reply: 8 s of speech
