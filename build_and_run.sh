@@ -16,8 +16,8 @@ usage: ./build_and_run.sh --local [--once] [--models DIR] [--port N] [--device N
   --once         stop the server after that
   --models DIR   models directory (default: OMNISPEECH_MODELS; without it a small checkpoint with
                  random weights is made in .local/models: it answers with noise)
-  --port N       default: 8000
-  --device NAME  cpu (default), cuda, cuda:N or auto
+  --port N       default: OMNISPEECH_PORT, or 8000
+  --device NAME  cpu, cuda, cuda:N or auto (default: OMNISPEECH_DEVICE, or cpu)
   --stop         stop the server that --local left running
 TEXT
 }
@@ -27,17 +27,31 @@ fail() {
     exit 1
 }
 
+# Status 1: none was running.
 stop_server() {
-    [ -f .local/server.pid ] || return 0
+    [ -f .local/server.pid ] || return 1
     local pid arguments
     pid=$(cat .local/server.pid)
     rm -f .local/server.pid
     arguments=$(ps -o args= -p "$pid" 2>/dev/null || tr '\0' ' ' 2>/dev/null <"/proc/$pid/cmdline") ||
-        return 0
+        return 1
     # a number that another program has by now is left alone
-    [[ $arguments == *model_worker.py* ]] || return 0
+    [[ $arguments == *model_worker.py* ]] || return 1
     kill "$pid"
     while kill -0 "$pid" 2>/dev/null; do sleep 0.1; done
+}
+
+# Nothing listens there: the server that answers later is ours.
+check_port() {
+    local reason
+    reason=$("$bin/python" - "$port" 2>&1 <<'PYTHON'
+import errno, socket, sys
+try:
+    socket.create_server(("127.0.0.1", int(sys.argv[1])))
+except OSError as exc:
+    sys.exit("is taken by another program" if exc.errno == errno.EADDRINUSE else exc.strerror)
+PYTHON
+    ) || fail "port $port ${reason:-cannot be used}; use --port N for another"
 }
 
 answers() {
@@ -46,20 +60,27 @@ answers() {
 }
 
 start_server() {
+    : >.local/server.log # what the last server said is not taken for this one's
     "$bin/python" model_worker.py --models "$models" --device "$device" --port "$port" \
         >.local/server.log 2>&1 &
     local pid=$!
     echo "$pid" >.local/server.pid
-    until answers "$url/ready"; do
-        if ! kill -0 "$pid" 2>/dev/null; then
-            tail -n 20 .local/server.log >&2
-            fail "the server ended; the whole log is in .local/server.log"
-        fi
+    # only a server that has the port says so; another one may answer there
+    until grep -q "running on http" .local/server.log && answers "$url/ready"; do
+        check_alive "$pid"
         sleep 0.3
     done
+    check_alive "$pid"
 }
 
-action='' once='' models=${OMNISPEECH_MODELS:-} port=8000 device=cpu
+check_alive() {
+    kill -0 "$1" 2>/dev/null && return
+    tail -n 20 .local/server.log >&2
+    fail "the server ended; the whole log is in .local/server.log"
+}
+
+action='' once=''
+models=${OMNISPEECH_MODELS:-} port=${OMNISPEECH_PORT:-8000} device=${OMNISPEECH_DEVICE:-cpu}
 while [ $# -gt 0 ]; do
     case $1 in
     --local) action=local ;;
@@ -81,10 +102,14 @@ done
 
 case $action in
 stop)
-    stop_server
+    if stop_server; then echo "stopped"; else echo "no server was running"; fi
     exit
     ;;
-local) ;;
+local)
+    if ! [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || [ "$port" -gt 65535 ]; then
+        fail "--port '$port'; allowed: 1 to 65535"
+    fi
+    ;;
 *)
     usage >&2
     exit 2
@@ -93,7 +118,8 @@ esac
 
 make_environment requirements.txt
 mkdir -p .local
-stop_server
+stop_server || true
+check_port
 if [ -z "$models" ]; then
     models=$PWD/.local/models
     [ -d "$models" ] || "$bin/omnispeech" tiny "$models"
@@ -101,10 +127,10 @@ if [ -z "$models" ]; then
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 fi
 [[ $models == /* ]] || models=$caller/$models
-[ -z "$once" ] || trap stop_server EXIT
+[ -z "$once" ] || trap 'stop_server || true' EXIT
 url=http://127.0.0.1:$port
 start_server
-"$bin/omnispeech" say examples/question.wav -o reply.wav --server "$url"
+"$bin/omnispeech" say examples/question.wav -o "$PWD/reply.wav" --server "$url"
 if [ -z "$once" ]; then
     echo "The server is running at $url (log: .local/server.log; stop it: ./build_and_run.sh --stop)"
 fi

@@ -1,6 +1,7 @@
 """A models directory -> everything a conversation needs, on one device."""
 
 import logging
+import re
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from omnispeech.engine.runner import LanguageModels, Models
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.prompt import PromptBuilder, UnitVocabulary
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 OPENS2S, DECODER = "OpenS2S", "glm-4-voice-decoder"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -22,12 +23,9 @@ def choose_device(name: str) -> torch.device:
     """auto: the first GPU if there is one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as exc:
-        raise ConfigError(
-            f"--device {name!r} is no device; allowed: auto, cpu, cuda, cuda:N"
-        ) from exc
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
+        raise ConfigError(f"--device {name!r} is no device; allowed: auto, cpu, cuda, cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; "
@@ -47,6 +45,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def check_models(directory: Path) -> None:
     """Fails at the door, before anything is started."""
+    if directory.name in (OPENS2S, DECODER) and (directory.parent / OPENS2S).is_dir():
+        raise CheckpointError(f"{directory} is one level too deep; use --models {directory.parent}")
     for name in (OPENS2S, DECODER):
         if not (directory / name).is_dir():
             raise CheckpointError(
@@ -69,7 +69,7 @@ def load_models(
             f"{path} speaks {language.units.count} units, {directory / DECODER} knows "
             f"{decoder.flow.config.vocab_size}; they do not belong together"
         )
-    log.info("%s on %s in %s, %s in torch.float32", path, device, dtype, directory / DECODER)
+    logger.info("%s on %s in %s, %s in torch.float32", path, device, dtype, directory / DECODER)
     return Models(
         **{name: getattr(language, name) for name in LanguageModels.__dataclass_fields__},
         decoder=decoder,
@@ -81,11 +81,13 @@ def language_models(
 ) -> LanguageModels:
     """Tokenizers, limits and end ids of an OpenS2S directory beside its loaded weights."""
     text, speech = loaded.text_generation, loaded.speech_generation
+    units = UnitVocabulary.from_directory(path / "tts")
+    _check_units(path, units, loaded.model.config.tts_lm.vocab_size)
     assert speech.max_new_tokens is not None  # the loader puts the original's default there
     return LanguageModels(
         lm=loaded.model,
         prompt=PromptBuilder.from_directory(path, compatible=compatible),
-        units=UnitVocabulary.from_directory(path / "tts"),
+        units=units,
         mel=MelConfig.from_dict(loaded.preprocessor),
         text_end=frozenset(text.eos_ids),
         speech_end=frozenset(speech.eos_ids),
@@ -93,3 +95,12 @@ def language_models(
         speech_top_k=speech.top_k,
         unit_limit=speech.max_new_tokens,
     )
+
+
+def _check_units(path: Path, units: UnitVocabulary, rows: int) -> None:
+    """More rows than units are padding; fewer would fail in the middle of a reply."""
+    if (needed := units.units_bias + units.count) > rows:
+        raise CheckpointError(
+            f"{path / 'tts'} names units up to id {needed - 1}, the speech model of {path} has "
+            f"{rows} rows; they do not belong together"
+        )

@@ -17,14 +17,17 @@ from omnispeech.config import (
     CONFIGS,
     DecoderConfig,
     EngineConfig,
+    PlaceConfig,
     ServerConfig,
     build_config,
-    models_directory,
     read_config_file,
+    unknown_variables,
 )
 from omnispeech.errors import OmniSpeechError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
+
+TITLES = {EngineConfig: "engine", DecoderConfig: "speech decoder", ServerConfig: "server"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +56,7 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
     args = parser.parse_args(arguments)
     try:
         return args.run(args)
-    except OmniSpeechError as error:
+    except (OmniSpeechError, OSError) as error:
         sys.stderr.write(f"{parser.prog}: {error}\n")
         return 1
     except KeyboardInterrupt:
@@ -62,17 +65,14 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> in
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=serve)
-    _add_models(parser)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", default="auto", help="auto, bf16, fp16 or fp32")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings as flat TOML")
     for config in CONFIGS:
-        _add_settings(parser, config)
+        title = TITLES.get(config)
+        _add_settings(parser.add_argument_group(title) if title else parser, config)
 
 
-def _add_settings(parser: argparse.ArgumentParser, config: type[Any]) -> None:
+def _add_settings(group: argparse._ActionsContainer, config: type[Any]) -> None:
     """One flag per field; its value is checked when the dataclass is built."""
-    group = parser.add_argument_group(config.__name__)
     for f in fields(config):
         options: dict[str, Any] = {"help": f"{f.metadata['help']} (default: {f.default})"}
         if get_origin(f.type) is Literal:
@@ -84,38 +84,37 @@ def _add_settings(parser: argparse.ArgumentParser, config: type[Any]) -> None:
         group.add_argument(f"--{f.name.replace('_', '-')}", default=None, **options)
 
 
-def _add_models(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--models", metavar="DIR", help="models directory (default: OMNISPEECH_MODELS, or /models)"
-    )
-
-
 def serve(args: argparse.Namespace) -> int:
     """Serves until stopped; the exit status is 1 if the models could not be loaded."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     file = read_config_file(args.config) if args.config else {}
+    for name in unknown_variables():
+        logger.warning("the environment variable %s is no setting: it has no effect", name)
     build = partial(build_config, flags=vars(args), file=file)
     engine, decoder, server = build(EngineConfig), build(DecoderConfig), build(ServerConfig)
-    directory = models_directory(args.models)
+    place = build(PlaceConfig)
+    directory = Path(place.models)
 
     from omnispeech.assembly import check_models, choose_device, choose_dtype, load_models
 
     check_models(directory)
-    device = choose_device(args.device)
-    dtype = choose_dtype(args.dtype, device)
+    device = choose_device(place.device)
+    dtype = choose_dtype(place.dtype, device)
 
-    from omnispeech.engine.worker import Worker
-    from omnispeech.server.app import create_app
-    from omnispeech.server.http import HTTPServer
+    from omnispeech.server.http import HTTPServer, listen
 
-    load = partial(load_models, directory, device, dtype, compatible=engine.compatible)
-    worker = Worker(load, engine, decoder)
-    http = HTTPServer(create_app(worker, server), server)
-    worker.start(on_failure=http.stop)
-    try:
-        http.run()
-    finally:
-        worker.close()
+    with listen(server) as door:
+        from omnispeech.engine.worker import Worker
+        from omnispeech.server.app import create_app
+
+        load = partial(load_models, directory, device, dtype, compatible=engine.compatible)
+        worker = Worker(load, engine, decoder)
+        http = HTTPServer(create_app(worker, server), server)
+        worker.start(on_failure=http.stop)
+        try:
+            http.run(sockets=[door])
+        finally:
+            worker.close()
     return 1 if worker.status().failure else 0
 
 
@@ -126,7 +125,9 @@ def _add_server(parser: argparse.ArgumentParser) -> None:
         help="default: OMNISPEECH_SERVER, or http://127.0.0.1:8000",
     )
     parser.add_argument("--temperature", type=float, help="of the text; 0: greedy")
-    parser.add_argument("--top-p", type=float)
+    parser.add_argument(
+        "--top-p", type=float, help="of the text: the likeliest words up to this share"
+    )
     parser.add_argument("--speech-temperature", type=float, help="of the speech units")
     parser.add_argument("--max-new-tokens", type=int, help="text tokens at most")
     parser.add_argument("--seed", type=int, help="the same seed gives the same reply")
@@ -141,7 +142,14 @@ def _sampling(args: argparse.Namespace) -> Any:
 def _add_say(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_say)
     parser.add_argument("question", type=Path, help="a sound file: WAV, FLAC, OGG or MP3")
-    parser.add_argument("-o", "--output", type=Path, default=Path("reply.wav"), metavar="FILE")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("reply.wav"),
+        metavar="FILE",
+        help="default: reply.wav",
+    )
     _add_server(parser)
 
 
@@ -167,11 +175,11 @@ def _chat(args: argparse.Namespace) -> int:
 def _add_tiny(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_tiny)
     parser.add_argument("directory", type=Path, help="gets OpenS2S and glm-4-voice-decoder")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same weights")
 
 
 def _tiny(args: argparse.Namespace) -> int:
-    from omnispeech.checkpoint.tiny import write_tiny
+    from omnispeech.tiny.directory import write_tiny
 
     write_tiny(args.directory, seed=args.seed)
     sys.stdout.write(f"wrote OpenS2S and glm-4-voice-decoder under {args.directory}\n")

@@ -27,6 +27,10 @@ TIMEOUT = httpx.Timeout(None, connect=10.0)
 Play = Callable[[bytes, int], None]
 
 
+class ClientError(OmniSpeechError):
+    """The question or the place of the reply cannot be used: the server was not asked."""
+
+
 class ServerError(OmniSpeechError):
     """What the server said, or why it could not be asked."""
 
@@ -90,6 +94,7 @@ def default_server() -> str:
 def say(question: Path, reply: Path, server: str, *, sampling: Sampling = DEFAULT_SAMPLING) -> int:
     """Sends a sound file, shows the text while it comes, writes the spoken reply."""
     try:
+        check_reply(reply)
         answer = ask(read_sound(question), server, sampling)
         if not answer.pcm:
             raise ServerError(f"the reply has no sound; {reply} is not written")
@@ -98,6 +103,13 @@ def say(question: Path, reply: Path, server: str, *, sampling: Sampling = DEFAUL
         return complain(exc)
     show(f"{reply}: {answer.report()}\n")
     return 0
+
+
+def check_reply(reply: Path) -> None:
+    if reply.suffix.lower() != ".wav":
+        raise ClientError(f"{reply}: the reply is a WAV file; give -o a name that ends in .wav")
+    if not reply.parent.is_dir():
+        raise ClientError(f"the folder {reply.parent} does not exist; make it, or give -o another")
 
 
 def chat(server: str, files: Sequence[Path] = (), *, sampling: Sampling = DEFAULT_SAMPLING) -> int:
@@ -129,7 +141,10 @@ def questions(files: Sequence[Path]) -> Iterator[Callable[[], bytes]]:
             yield partial(record, microphone, lambda: typed("recording; Enter stops it "))
     else:
         while (path := typed("sound file, or quit: ")) is not None:
-            yield partial(read_sound, Path(path))
+            if path:
+                yield partial(read_sound, Path(path))
+            else:
+                show("type the name of a sound file, or quit\n")
 
 
 def converse(
@@ -189,7 +204,7 @@ def generate(
 @contextmanager
 def posted(server: str, path: str, **request: Any) -> Iterator[httpx.Response]:
     """A streaming POST; whatever goes wrong is a ServerError of one line."""
-    url = server.rstrip("/") + path
+    url = (server if "://" in server else f"http://{server}").rstrip("/") + path
     try:
         with httpx.stream("POST", url, timeout=TIMEOUT, **request) as response:
             if response.is_error:
@@ -236,7 +251,12 @@ def unpacked(wav: bytes) -> tuple[bytes, int]:
 
 
 def read_sound(path: Path) -> bytes:
-    return path.expanduser().read_bytes()
+    try:
+        return path.expanduser().read_bytes()
+    except FileNotFoundError as exc:
+        raise ClientError(f"{path} does not exist; name a sound file") from exc
+    except IsADirectoryError as exc:
+        raise ClientError(f"{path} is a folder; name a sound file") from exc
 
 
 def typed(prompt: str) -> str | None:

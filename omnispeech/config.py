@@ -13,12 +13,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from omnispeech.errors import ConfigError
 
-DEFAULT_MODELS = Path("/models")
-
-
-def models_directory(flag: str | None) -> Path:
-    """`--models`, else OMNISPEECH_MODELS, else /models."""
-    return Path(flag or os.environ.get("OMNISPEECH_MODELS") or DEFAULT_MODELS)
+PREFIX = "OMNISPEECH_"
+OF_OTHERS = {"SERVER", "VENV"}  # read by `omnispeech say` and by environment.sh
 
 
 def setting(default: Any, help: str) -> Any:
@@ -29,6 +25,13 @@ def setting(default: Any, help: str) -> Any:
 def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:
         raise ConfigError(f"{name}={value}; allowed: {low} to {high}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaceConfig:
+    models: str = setting("/models", "models directory")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = setting("auto", "auto, bf16, fp16 or fp32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,9 +85,15 @@ class DecoderConfig:
         _check_range("overlap_frames", self.overlap_frames, 19, 60)
         if self.guidance != -1.0:
             _check_range("guidance", self.guidance, 0.0, 10.0)
+
+    def check_step(self, step: int) -> None:
+        """`step`: units that the flow encoder of the checkpoint takes at a time."""
         for name in ("context_tokens", "first_block", "max_block"):
-            if getattr(self, name) % 10:
-                raise ConfigError(f"{name}={getattr(self, name)}; allowed: multiples of 10")
+            if getattr(self, name) % step:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)}; allowed with this checkpoint: "
+                    f"multiples of {step}"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,17 +103,31 @@ class ServerConfig:
     model_name: str = setting("omnispeech", "told to clients and controllers")
     max_audio_s: float = setting(120.0, "of one audio item")
     max_body_mb: int = setting(64, "of one request")
+    max_text_chars: int = setting(200_000, "characters of text in one request")
+    max_messages: int = setting(1000, "messages in one request")
     keep_texts: int = setting(256, "finished replies of /v1/speech whose text can be asked for")
 
     def __post_init__(self) -> None:
         _check_range("port", self.port, 0, 65535)
         _check_range("max_audio_s", self.max_audio_s, 1.0, 3600.0)
         _check_range("max_body_mb", self.max_body_mb, 1, 4096)
+        _check_range("max_messages", self.max_messages, 1, 1_000_000)
+        _check_range("max_text_chars", self.max_text_chars, 1, 100_000_000)
         _check_range("keep_texts", self.keep_texts, 1, 1_000_000)
 
 
-Config = TypeVar("Config", EngineConfig, DecoderConfig, ServerConfig)
-CONFIGS = (EngineConfig, DecoderConfig, ServerConfig)
+Config = TypeVar("Config", PlaceConfig, EngineConfig, DecoderConfig, ServerConfig)
+CONFIGS = (PlaceConfig, EngineConfig, DecoderConfig, ServerConfig)
+
+
+def setting_names() -> set[str]:
+    return {f.name for config in CONFIGS for f in fields(config)}
+
+
+def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Misspelt ones, most likely; they have no effect."""
+    known = {PREFIX + name for name in {n.upper() for n in setting_names()} | OF_OTHERS}
+    return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -113,9 +136,13 @@ def read_config_file(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as exc:
         raise ConfigError(f"{path} does not exist; --config takes a TOML file") from exc
+    except OSError as exc:
+        raise ConfigError(f"{path} cannot be read: {exc.strerror}") from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigError(f"{path} is not UTF-8 text: {exc}") from exc
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
-    known = {f.name for config in CONFIGS for f in fields(config)}
+    known = setting_names()
     if unknown := sorted(values.keys() - known):
         raise ConfigError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
     return values
@@ -127,17 +154,20 @@ def build_config(
     file: Mapping[str, Any],
     environ: Mapping[str, str] = os.environ,
 ) -> Config:
-    """Flags that are None were not given."""
+    """Flags that are None and variables that are empty were not given."""
     values: dict[str, Any] = {}
     for f in fields(config):
-        variable = f"OMNISPEECH_{f.name.upper()}"
+        variable = PREFIX + f.name.upper()
         if flags.get(f.name) is not None:
             values[f.name] = flags[f.name]
-        elif variable in environ:
+        elif environ.get(variable):
             values[f.name] = parse_value(f.type, environ[variable], variable)
         elif f.name in file:
             values[f.name] = checked_type(f.type, file[f.name], f.name)
     return config(**values)
+
+
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def parse_value(kind: Any, text: str, name: str) -> Any:
@@ -145,9 +175,9 @@ def parse_value(kind: Any, text: str, name: str) -> Any:
     if get_origin(kind) is Literal:
         return checked_type(kind, text, name)
     if kind is bool:
-        if text.lower() not in ("0", "1", "false", "true"):
-            raise ConfigError(f"{name}={text!r}; allowed: true or false")
-        return text.lower() in ("1", "true")
+        if text.lower() not in TRUE + FALSE:
+            raise ConfigError(f"{name}={text!r}; allowed: {', '.join(TRUE + FALSE)}")
+        return text.lower() in TRUE
     try:
         return kind(text)
     except ValueError as exc:

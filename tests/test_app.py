@@ -94,6 +94,31 @@ async def test_wrong_paths_and_methods_are_told_in_json(
     assert path in response.json()["error"]["message"]
 
 
+async def test_a_phrase_of_http_is_told_in_small_letters() -> None:
+    response = await call(FakeEngine(), "GET", "/nothing")
+    assert response.json()["error"]["message"] == "GET /nothing: not found"
+
+
+@pytest.mark.parametrize(
+    ("status", "path", "code"),
+    [
+        (LOADING, "/health", 200),
+        (LOADING, "/ready", 503),
+        (EngineStatus(ready=True), "/ready", 200),
+    ],
+)
+def test_head_answers_like_get_without_the_body(status: EngineStatus, path: str, code: int) -> None:
+    with serving(FakeEngine(status=status)) as url:
+        head, get = httpx.head(url + path), httpx.get(url + path)
+    assert (head.status_code, head.content) == (code, b"")
+    assert head.headers["content-length"] == get.headers["content-length"]
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+async def test_no_page_that_loads_scripts_from_elsewhere_is_served(path: str) -> None:
+    assert (await call(FakeEngine(), "GET", path)).status_code == 404
+
+
 @pytest.mark.parametrize("path", ["/worker_generate_stream", "/stream_infer", "/v1/speech"])
 def test_a_body_over_the_limit_is_413(path: str) -> None:
     with serving(FakeEngine(), max_body_mb=1) as url:

@@ -140,3 +140,15 @@ def test_streamed_wav_is_read_by_sox_without_a_warning() -> None:
     data = wav_stream_header(22_050) + RAMP.tobytes()
     run = subprocess.run(command, input=data, capture_output=True, check=True)
     assert (run.stdout, run.stderr) == (RAMP.tobytes(), b"")
+
+
+def test_what_cannot_be_decoded_is_told_without_the_inside_of_the_server() -> None:
+    message = refused(b"hello")
+    assert message.startswith("the audio (5 bytes) cannot be decoded: ")
+    assert "BytesIO" not in message and "Error" not in message
+
+
+def test_a_file_that_ends_early_is_told_so() -> None:
+    data = sound_file(tone(0.9), form="FLAC")
+    message = refused(data[: len(data) // 2])
+    assert "is damaged or ends early: flac decoder lost sync; send the whole file" in message

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -135,16 +136,51 @@ def test_damaged_models_end_the_server_with_the_reason(models: Path, tmp_path: P
         (["--models", "MODELS", "--device", "gpu"], "allowed: auto, cpu, cuda"),
         (["--models", "MODELS", "--dtype", "int3"], "allowed: auto, bf16, fp16, fp32"),
         (["--models", "MODELS", "--port", "99999"], "port=99999; allowed: 0 to 65535"),
+        (["--models", "MODELS", "--device", "meta"], "allowed: auto, cpu, cuda"),
+        (["--models", "MODELS/OpenS2S"], "one level too deep; use --models MODELS"),
+        (["--models", "MODELS", "--host", "no.such.host.invalid"], "cannot listen on no.such.host"),
+        (["--models", "MODELS", "--host", "a..b"], "cannot listen on a..b:8000"),
         (["--config", "/no/such/file.toml"], "does not exist"),
+        (["--config", "/"], "cannot be read"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_line(
     arguments: list[str], message: str, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert worker([str(models) if a == "MODELS" else a for a in arguments]) == 1
+    assert worker([a.replace("MODELS", str(models)) for a in arguments]) == 1
     error = capsys.readouterr().err
-    assert message in error
+    assert message.replace("MODELS", str(models)) in error
     assert error.count("\n") == 1
+
+
+def test_a_port_in_use_is_one_clear_line_before_anything_is_loaded(
+    models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("omnispeech.assembly.load_models", lambda *_, **__: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        status = worker(["--models", str(models), "--port", str(port), "--device", "cpu"])
+    assert status == 1
+    error = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1:{port}" in error and "--port" in error
+    assert error.count("\n") == 1
+
+
+def test_a_misspelt_variable_is_warned_about_by_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OMNISPEECH_PROT", "1")
+    monkeypatch.setenv("OMNISPEECH_MODELS", "/no/such/place")
+    assert worker([]) == 1
+    assert "OMNISPEECH_PROT" in caplog.text and "OMNISPEECH_MODELS" not in caplog.text
+
+
+def test_an_error_of_the_file_system_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["tiny", str(tmp_path / "file" / "models")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_tiny_refuses_to_overwrite(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,3 +211,12 @@ def test_help_of_the_worker_shows_every_setting(capsys: pytest.CaptureFixture[st
     shown = capsys.readouterr().out
     assert all(flag in shown for flag in ("--host", "--port", "--models", "--device", "--dtype"))
     assert "--max-conversations" in shown
+    assert all(f"\n{title}:\n" in shown for title in ("engine", "speech decoder", "server"))
+
+
+@pytest.mark.parametrize("command", ["say", "chat", "tiny"])
+def test_every_option_has_a_help_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert not re.findall(r"^ +--[\w-]+ [A-Z_]+\n(?= +-|\Z)", shown, re.MULTILINE)

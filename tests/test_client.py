@@ -132,6 +132,44 @@ def test_a_missing_question_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
     assert "none.wav" in capsys.readouterr().err
 
 
+def test_an_address_without_a_scheme_is_http(question: Path) -> None:
+    with serving(FakeEngine()) as url:
+        assert say(question, Path("reply.wav"), url.removeprefix("http://")) == 0
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ("none/reply.wav", "the folder none does not exist; make it, or give -o another"),
+        ("reply.mp3", "reply.mp3: the reply is a WAV file; give -o a name that ends in .wav"),
+    ],
+)
+def test_a_reply_that_cannot_be_written_is_told_before_the_server_is_asked(
+    question: Path, reply: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = FakeEngine()
+    with serving(engine) as url:
+        assert say(question, Path(reply), url) == 1
+    assert capsys.readouterr().err == f"omnispeech: {message}\n"
+    assert engine.requests == []
+
+
+def test_chat_tells_a_missing_file_and_an_empty_line_plainly_and_goes_on(
+    question: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typing(monkeypatch, "", "none.wav", ".", str(question), "quit")
+    engine = FakeEngine()
+    with serving(engine) as url:
+        assert chat(url) == 1
+    assert len(engine.requests) == 1
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == [
+        "omnispeech: none.wav does not exist; name a sound file",
+        "omnispeech: . is a folder; name a sound file",
+    ]
+    assert "type the name of a sound file, or quit" in shown.out
+
+
 def test_the_server_is_taken_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMNISPEECH_SERVER", raising=False)
     assert default_server() == "http://127.0.0.1:8000"

@@ -8,10 +8,11 @@ import pytest
 from omnispeech.config import (
     DecoderConfig,
     EngineConfig,
+    PlaceConfig,
     ServerConfig,
     build_config,
-    models_directory,
     read_config_file,
+    unknown_variables,
 )
 from omnispeech.errors import ConfigError
 
@@ -30,7 +31,6 @@ def test_flag_beats_environment_beats_file_beats_default() -> None:
         (EngineConfig, {"max_conversations": 0}, "max_conversations=0; allowed: 1 to"),
         (EngineConfig, {"kv_tokens": 100}, "kv_tokens=100 is less than context_length"),
         (DecoderConfig, {"overlap_frames": 5}, "overlap_frames=5; allowed: 19 to"),
-        (DecoderConfig, {"context_tokens": 25}, "context_tokens=25; allowed: multiples of 10"),
         (ServerConfig, {"port": 70000}, "port=70000; allowed: 0 to 65535"),
     ],
 )
@@ -53,7 +53,18 @@ def test_environment_that_is_no_number_is_refused(environ: dict[str, str], messa
         build_config(ServerConfig, {}, {}, environ)
 
 
-@pytest.mark.parametrize(("text", "value"), [("true", True), ("0", False), ("False", False)])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("true", True),
+        ("0", False),
+        ("False", False),
+        ("Yes", True),
+        ("on", True),
+        ("no", False),
+        ("off", False),
+    ],
+)
 def test_environment_says_true_or_false(text: str, value: bool) -> None:
     environ = {"OMNISPEECH_COMPATIBLE": text}
     assert build_config(EngineConfig, {}, {}, environ).compatible is value
@@ -93,11 +104,48 @@ def test_config_file_that_is_missing_or_no_toml_is_refused(
         read_config_file(file)
 
 
-def test_models_directory_is_the_flag_else_the_environment_else_models(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("OMNISPEECH_MODELS", "/somewhere")
-    assert models_directory("/here") == Path("/here")
-    assert models_directory(None) == Path("/somewhere")
-    monkeypatch.delenv("OMNISPEECH_MODELS")
-    assert models_directory(None) == Path("/models")
+@pytest.mark.parametrize("kind", ["folder", "bytes"])
+def test_config_file_that_cannot_be_read_is_refused(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "omnispeech.toml"
+    if kind == "folder":
+        file.mkdir()
+    else:
+        file.write_bytes(b'host = "\xff"')
+    with pytest.raises(ConfigError, match=r"omnispeech\.toml .*(cannot be read|not UTF-8)"):
+        read_config_file(file)
+
+
+def test_models_device_and_dtype_follow_the_same_order_as_all_settings() -> None:
+    file = {"models": "/file", "device": "cpu"}
+    environ = {"OMNISPEECH_DEVICE": "cuda", "OMNISPEECH_DTYPE": "fp16"}
+    place = build_config(PlaceConfig, {"dtype": "fp32", "device": None}, file, environ)
+    assert (place.models, place.device, place.dtype) == ("/file", "cuda", "fp32")
+    assert build_config(PlaceConfig, {}, {}, {}).models == "/models"
+
+
+def test_config_file_may_name_models_device_and_dtype(tmp_path: Path) -> None:
+    file = tmp_path / "omnispeech.toml"
+    file.write_text('models = "/m"\ndevice = "cpu"\ndtype = "fp32"\n')
+    assert read_config_file(file) == {"models": "/m", "device": "cpu", "dtype": "fp32"}
+
+
+def test_an_empty_environment_variable_counts_as_not_set() -> None:
+    assert build_config(PlaceConfig, {}, {}, {"OMNISPEECH_MODELS": ""}).models == "/models"
+
+
+def test_unknown_variables_are_found_by_their_prefix() -> None:
+    known = dict.fromkeys(("PORT", "MODELS", "DEVICE", "DTYPE", "SERVER", "VENV"), "1")
+    environ = {f"OMNISPEECH_{name}": value for name, value in known.items()}
+    assert unknown_variables(environ | {"OMNISPEECH_PROT": "1", "HOME": "/"}) == ["OMNISPEECH_PROT"]
+
+
+def test_only_this_machine_is_served_unless_the_setting_says_otherwise() -> None:
+    """Defect C5: the original's fork listens on all addresses."""
+    assert build_config(ServerConfig, {}, {}, {}).host == "127.0.0.1"
+    assert build_config(ServerConfig, {"host": "0.0.0.0"}, {}, {}).host == "0.0.0.0"
+
+
+def test_blocks_must_be_multiples_of_what_the_flow_encoder_takes() -> None:
+    DecoderConfig(context_tokens=24, first_block=8, max_block=80).check_step(8)
+    with pytest.raises(ConfigError, match="context_tokens=60; allowed .* multiples of 8"):
+        DecoderConfig().check_step(8)

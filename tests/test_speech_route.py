@@ -50,6 +50,14 @@ async def test_pcm_is_raw_samples_with_the_rate_in_the_type() -> None:
     assert response.content == sound(800).pcm
 
 
+async def test_c6_text_events_hold_what_is_new_and_nothing_twice() -> None:
+    words = [f"word{i} " for i in range(300)]
+    engine = FakeEngine(*map(TextDelta, words), DONE)
+    response = await call(engine, "POST", PATH + "?format=events", content=WAV)
+    assert [data["text"] for name, data in server_sent(response.content)[:-1]] == words
+    assert len(response.content) < 60 * len(words)
+
+
 async def test_events_tell_text_audio_and_the_end() -> None:
     response = await call(FakeEngine(), "POST", PATH + "?format=events", content=WAV)
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -89,7 +97,7 @@ async def test_parameters_arrive() -> None:
     await call(engine, "POST", PATH + query, content=WAV)
     got = engine.requests[0]
     values = (got.temperature, got.top_p, got.max_new_tokens, got.seed, got.speech_temperature)
-    assert values == (0.0, 0.5, 1024, 3, 2.0)
+    assert values == (0.0, 0.5, 5000, 3, 2.0)
     assert [(m.role, m.content) for m in got.messages[:1]] == [("system", (Text("be kind"),))]
 
 
@@ -103,7 +111,11 @@ async def test_parameters_arrive() -> None:
         ("top_p=0", "top_p=0.0; send more than 0, at most 1"),
         ("max_new_tokens=0", "max_new_tokens=0; send 1 or more"),
         ("seed=-1", "seed=-1; send 0 to 2**63 - 1"),
-        ("temprature=1", "temprature='1': extra inputs are not permitted"),
+        (
+            "temprature=1",
+            "unknown parameter 'temprature'; known: format, system, max_new_tokens, temperature, "
+            "top_p, speech_temperature, seed",
+        ),
     ],
 )
 async def test_wrong_parameters_are_400_and_named(query: str, reason: str) -> None:
@@ -114,6 +126,17 @@ async def test_wrong_parameters_are_400_and_named(query: str, reason: str) -> No
         response.json()["error"]["message"].startswith(reason)
     )
     assert engine.requests == []
+
+
+async def test_a_longer_system_text_than_the_setting_allows_is_refused() -> None:
+    engine, settings = FakeEngine(), {"max_text_chars": 5}
+    response = await call(engine, "POST", PATH + "?system=be+kind", settings, content=WAV)
+    assert response.status_code == 400
+    told = "the text has 7 characters; send at most 5 (the server's max_text_chars)"
+    assert response.json()["error"] == {"type": "RequestError", "message": told}
+    assert engine.requests == []
+    fits = await call(engine, "POST", PATH + "?system=kind!", settings, content=WAV)
+    assert fits.status_code == 200
 
 
 @pytest.mark.parametrize(

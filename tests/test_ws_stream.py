@@ -7,11 +7,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import soundfile
 from fake_engine import DONE, RATE_HZ, FakeEngine, serving, sound
 from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from omnispeech.engine.events import TextDelta
 from omnispeech.errors import GenerationError, NotReady, Overloaded
@@ -121,6 +123,9 @@ async def test_f2_pings_and_other_callers_are_served_during_an_answer() -> None:
         await socket.send(TRIGGER)
         await received(socket)
         await asyncio.wait_for(await socket.ping(), 2)
+        async with httpx.AsyncClient(timeout=2) as other:
+            port = socket.remote_address[1]
+            assert (await other.get(f"http://127.0.0.1:{port}/health")).status_code == 200
         gate.set()
         await until_end(socket)
 
@@ -202,6 +207,22 @@ async def test_f4_a_failed_answer_is_told_and_the_talk_goes_on(
         assert (await received(socket))["type"] == "end"
 
 
+@pytest.mark.parametrize("error", [Overloaded("full"), NotReady("wait")])
+async def test_a_question_refused_for_now_can_be_asked_again(error: Exception) -> None:
+    engine = FakeEngine(error)
+    async with talking(engine) as socket:
+        await socket.send(SPEECH[:700].tobytes())
+        await socket.send(TRIGGER)
+        assert (await received(socket))["type"] == "error"
+        engine.steps = (DONE,)
+        await socket.send(SPEECH[700:].tobytes())
+        await socket.send(TRIGGER)
+        assert (await received(socket))["type"] == "end"
+        await socket.send(TRIGGER)
+        assert "there is no audio" in (await received(socket))["message"]
+    assert heard(engine) == SPEECH.tolist()
+
+
 @pytest.mark.parametrize("query", ["", "?events=1"])
 async def test_f4_leaving_during_an_answer_cancels_it(
     query: str, caplog: pytest.LogCaptureFixture
@@ -260,3 +281,30 @@ def test_f4_full_scale_is_one_and_no_sample_is_clipped() -> None:
     window = RollingWindow()
     window.append(np.array([-32768, 32767, 1], "<i2").tobytes())
     assert window.take().tolist() == [-1.0, 32767 / 32768, 1 / 32768]
+
+
+def test_what_is_put_back_stands_before_what_came_since_and_is_the_first_to_fall_out() -> None:
+    window = RollingWindow()
+    window.append(SPEECH[:2].tobytes())
+    taken = window.take()
+    window.append(SPEECH[2:4].tobytes())
+    window.put_back(taken)
+    assert (window.last(1.0) * 32768).astype(int).tolist() == [0, 1, 2, 3]
+    taken = window.take()
+    window.append(bytes(2 * 480_000))
+    window.put_back(taken)
+    assert window.seconds == 30 and not window.last(30).any()
+
+
+async def test_a_wrong_path_is_refused_with_403() -> None:
+    with serving(FakeEngine()) as url, pytest.raises(InvalidStatus, match="403"):
+        async with connect(url.replace("http", "ws") + "/ws/nothing"):
+            pass
+
+
+async def test_a_frame_of_more_than_16_mib_ends_the_connection() -> None:
+    async with talking(FakeEngine()) as socket:
+        await socket.send(bytes((16 << 20) + 2))
+        with pytest.raises(ConnectionClosed):
+            await received(socket)
+    assert socket.close_code == 1009

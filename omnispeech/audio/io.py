@@ -30,17 +30,29 @@ def decode_audio(data: bytes, *, max_seconds: float) -> Samples:
     if not data:
         raise AudioError("the audio is empty (0 bytes); send a WAV, FLAC, OGG or MP3 file")
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
+        file = soundfile.SoundFile(io.BytesIO(data))
+    except soundfile.SoundFileError as exc:
+        raise AudioError(
+            f"the audio ({len(data)} bytes) cannot be decoded: {_reason(exc)}; "
+            "send a WAV, FLAC, OGG or MP3 file"
+        ) from exc
+    try:
+        with file:
             samples = np.concatenate(list(_mono_blocks(file, max_seconds)))
     except soundfile.SoundFileError as exc:
-        reason = str(exc).rstrip(".")
         raise AudioError(
-            f"the audio ({len(data)} bytes) cannot be decoded: {reason}; "
-            "send a WAV, FLAC, OGG or MP3 file"
+            f"the audio ({len(data)} bytes) is damaged or ends early: {_reason(exc)}; "
+            "send the whole file"
         ) from exc
     if not len(samples):
         raise AudioError("the audio has no samples; send at least a tenth of a second of sound")
     return samples
+
+
+def _reason(exc: Exception) -> str:
+    """In the words of libsndfile; soundfile puts the address of our buffer before them."""
+    words = getattr(exc, "error_string", str(exc)).rstrip(".")
+    return str(words).removeprefix("Error : ").removeprefix("Error in ")
 
 
 def _mono_blocks(file: soundfile.SoundFile, max_seconds: float) -> Iterator[Samples]:

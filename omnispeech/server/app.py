@@ -18,7 +18,8 @@ from omnispeech.server.worker_api import worker_routes
 
 
 def create_app(engine: SpeechEngine, config: ServerConfig) -> FastAPI:
-    app = FastAPI(title="omnispeech", version=omnispeech.__version__)
+    # the pages that FastAPI would make load scripts from elsewhere
+    app = FastAPI(title="omnispeech", version=omnispeech.__version__, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, max_mb=config.max_body_mb)
     add_error_handlers(app)
     app.include_router(worker_routes(engine, config))
@@ -26,11 +27,13 @@ def create_app(engine: SpeechEngine, config: ServerConfig) -> FastAPI:
     app.include_router(stream_infer_routes(engine))
     app.include_router(speech_routes(engine, config))
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
         """The process answers, whatever the models do."""
         return {"status": "healthy", "service": "model_worker"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
     async def ready() -> JSONResponse:
         return readiness(engine.status())

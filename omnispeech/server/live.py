@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from omnispeech.audio.io import encode_wav
 from omnispeech.engine.events import AudioDelta, Done, Event, Samples, SpeechEngine, TextDelta
-from omnispeech.errors import GenerationError, OmniSpeechError, RequestError
+from omnispeech.errors import GenerationError, OmniSpeechError, RequestError, Unavailable
 from omnispeech.server.protocol import spoken_turn
 from omnispeech.server.refusal import field_error
 from omnispeech.server.reply import Reply, summary
@@ -100,6 +100,9 @@ class LiveTalk:
                 async for event in reply:
                     await self._tell(event)
             return reply.done
+        except Unavailable:  # always before the first event: the next trigger asks again
+            self._window.put_back(question)
+            raise
         finally:
             self._answering = False
 

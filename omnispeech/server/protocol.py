@@ -3,14 +3,23 @@
 import base64
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Strict, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, Strict, ValidationError
+from pydantic_core import PydanticCustomError
 
 from omnispeech.audio.io import decode_audio
-from omnispeech.engine.events import INPUT_RATE_HZ, Audio, Message, Samples, Text, TurnRequest
+from omnispeech.config import ServerConfig
+from omnispeech.engine.events import (
+    INPUT_RATE_HZ,
+    ROLES,
+    Audio,
+    Message,
+    Samples,
+    Text,
+    TurnRequest,
+)
 from omnispeech.errors import AudioError, RequestError
 from omnispeech.server.refusal import field_error
 
-MAX_NEW_TOKENS = 1024  # more is cut to this, as the original does
 MAX_REQUEST_AUDIO_S = 3600.0  # all items of one request: 230 MB of samples
 
 
@@ -18,16 +27,16 @@ def _items(content: object) -> object:
     """A string, an item or a list of items -> a list of items."""
     if isinstance(content, str):
         return [{"text": content}]
-    return [content] if isinstance(content, dict) else content
+    if isinstance(content, dict):
+        return [content]
+    if not isinstance(content, list):
+        raise PydanticCustomError("content", "send a string, an item or a list of items")
+    return content
 
 
 def _whole(value: object) -> object:
     """Sliders of web pages send 512.0."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def capped(tokens: int) -> int:
-    return min(tokens, MAX_NEW_TOKENS)
 
 
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
@@ -48,27 +57,47 @@ class WorkerRequest(BaseModel):
     """Body of /worker_generate_stream; other keys, such as `model`, are ignored."""
 
     messages: list[WireMessage]
-    max_new_tokens: Annotated[WholeNumber, AfterValidator(capped)] = 256
+    max_new_tokens: WholeNumber = 256
     temperature: Number = 1.0
     top_p: Number = 1.0
     speech_temperature: Number = 1.0
     seed: WholeNumber | None = None
 
 
-def parse_worker_request(body: bytes, max_audio_s: float) -> TurnRequest:
+def parse_worker_request(body: bytes, config: ServerConfig) -> TurnRequest:
     """Decodes the sounds too: not for the event loop."""
     try:
         wire = WorkerRequest.model_validate_json(body)
     except ValidationError as exc:
         raise field_error(exc.errors(include_url=False)) from exc
+    if len(wire.messages) > config.max_messages:
+        raise RequestError(
+            f"the request has {len(wire.messages)} messages; send at most {config.max_messages} "
+            "(the server's max_messages)"
+        )
+    texts = (item.text or "" for message in wire.messages for item in message.content)
+    check_length(sum(map(len, texts)), config.max_text_chars)
     sampling = wire.model_dump(exclude={"messages"})
-    return TurnRequest(messages=_messages(wire.messages, max_audio_s), **sampling)
+    return TurnRequest(messages=_messages(wire.messages, config.max_audio_s), **sampling)
+
+
+def check_length(characters: int, most: int) -> None:
+    """A tokenizer stops the whole process while it reads: it must not be given too much."""
+    if characters > most:
+        raise RequestError(
+            f"the text has {characters} characters; send at most {most} "
+            "(the server's max_text_chars)"
+        )
 
 
 def _messages(wire: list[WireMessage], max_audio_s: float) -> tuple[Message, ...]:
     seconds_left = MAX_REQUEST_AUDIO_S
     messages = []
     for number, message in enumerate(wire):
+        if message.role not in ROLES:
+            raise RequestError(
+                f"messages[{number}].role={message.role!r}; known: {', '.join(ROLES)}"
+            )
         content: list[Text | Audio] = []
         for place, item in enumerate(message.content):
             if item.text:

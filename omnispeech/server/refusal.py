@@ -34,6 +34,8 @@ def refusal(exc: OmniSpeechError) -> JSONResponse:
 def field_error(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     """The first of pydantic's complaints, in the words of this house."""
     first = errors[0]
+    if first["type"] == "json_invalid" and not first["input"].strip():
+        return RequestError("the body is empty; send JSON")
     if first["type"] == "json_invalid":
         return RequestError(f"the body is not valid JSON: {first['ctx']['error']}")
     place = "the body"
@@ -42,6 +44,8 @@ def field_error(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     if first["type"] == "missing":
         return RequestError(f"{place} is missing; send it")
     message = first["msg"][:1].lower() + first["msg"][1:]
+    if first["type"] == "model_type":
+        message = "input should be an object"  # pydantic names a class of ours
     return RequestError(f"{place}={_shown(first['input'])}: {message}")
 
 
@@ -67,9 +71,10 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def no_such_route(request: Request, exc: HTTPException) -> Response:
-        name = HTTPStatus(exc.status_code).phrase.replace(" ", "")
-        message = f"{request.method} {request.url.path}: {exc.detail[:1].lower()}{exc.detail[1:]}"
-        body = {"error": {"type": name, "message": message}}
+        phrase = HTTPStatus(exc.status_code).phrase
+        detail = phrase.lower() if exc.detail == phrase else exc.detail
+        message = f"{request.method} {request.url.path}: {detail}"
+        body = {"error": {"type": phrase.replace(" ", ""), "message": message}}
         return JSONResponse(body, exc.status_code, exc.headers)
 
     @app.exception_handler(ClientDisconnect)

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, HTTPException, Query, Request, Response
-from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat
+from pydantic import BaseModel, FiniteFloat, model_validator
 
 from omnispeech.audio.io import decode_audio, wav_stream_header
 from omnispeech.config import ServerConfig
 from omnispeech.engine.events import AudioDelta, Done, Event, SpeechEngine, TextDelta, TurnRequest
-from omnispeech.errors import OmniSpeechError
-from omnispeech.server.protocol import capped, spoken_turn
+from omnispeech.errors import OmniSpeechError, RequestError
+from omnispeech.server.protocol import check_length, spoken_turn
 from omnispeech.server.refusal import error_body
 from omnispeech.server.reply import Reply, ReplyResponse, begin, summary
 
@@ -21,15 +21,21 @@ from omnispeech.server.reply import Reply, ReplyResponse, begin, summary
 class SpeechQuery(BaseModel):
     """The query parameters; a misspelt one is refused."""
 
-    model_config = ConfigDict(extra="forbid")
-
     format: Literal["wav", "pcm", "events"] = "wav"
     system: str | None = None
-    max_new_tokens: Annotated[int, AfterValidator(capped)] = 256
+    max_new_tokens: int = 256
     temperature: FiniteFloat = 1.0
     top_p: FiniteFloat = 1.0
     speech_temperature: FiniteFloat = 1.0
     seed: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_unknown(cls, given: dict[str, Any]) -> dict[str, Any]:
+        known = cls.model_fields
+        if unknown := sorted(given.keys() - known.keys()):
+            raise RequestError(f"unknown parameter {unknown[0]!r}; known: {', '.join(known)}")
+        return given
 
 
 class Turns:
@@ -58,7 +64,7 @@ def speech_routes(engine: SpeechEngine, config: ServerConfig) -> APIRouter:
     @router.post("/v1/speech")
     async def speech(request: Request, query: Annotated[SpeechQuery, Query()]) -> Response:
         body = await request.body()
-        turn = await asyncio.to_thread(question, body, query, config.max_audio_s)
+        turn = await asyncio.to_thread(question, body, query, config)
         reply = await begin(request, engine.answer(turn))
         turns.add(reply)
         return respond(reply, query.format, engine.sample_rate_hz)
@@ -70,8 +76,9 @@ def speech_routes(engine: SpeechEngine, config: ServerConfig) -> APIRouter:
     return router
 
 
-def question(body: bytes, query: SpeechQuery, max_audio_s: float) -> TurnRequest:
-    samples = decode_audio(body, max_seconds=max_audio_s)
+def question(body: bytes, query: SpeechQuery, config: ServerConfig) -> TurnRequest:
+    check_length(len(query.system or ""), config.max_text_chars)
+    samples = decode_audio(body, max_seconds=config.max_audio_s)
     return spoken_turn(samples, **query.model_dump(exclude={"format"}))
 
 

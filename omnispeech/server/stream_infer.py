@@ -57,7 +57,8 @@ def stream_infer_routes(engine: SpeechEngine) -> APIRouter:
     async def stream_infer(request: Request, window_s: WindowSeconds = 10.0) -> Response:
         window = await received(request)
         if window.seconds < SHORTEST_S:
-            raise RequestError(f"{window.seconds:.3f} s of audio came; send at least 1 s")
+            seconds = int(1000 * window.seconds) / 1000  # rounded, too little could read 1.000
+            raise RequestError(f"{seconds:.3f} s of audio came; send at least 1 s")
         reply = await begin(request, engine.answer(spoken_turn(window.last(window_s))))
         body = frames(reply, engine.sample_rate_hz)
         return ReplyResponse(body, reply, "application/octet-stream")

@@ -27,7 +27,7 @@ def worker_routes(engine: SpeechEngine, config: ServerConfig) -> APIRouter:
     async def generate_stream(request: Request) -> Response:
         body = await request.body()
         try:
-            turn = await asyncio.to_thread(parse_worker_request, body, config.max_audio_s)
+            turn = await asyncio.to_thread(parse_worker_request, body, config)
             reply = await begin(request, engine.answer(turn))
         except OmniSpeechError as exc:
             return refused(exc)

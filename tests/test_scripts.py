@@ -1,0 +1,133 @@
+"""The scripts, with the environment of these tests in place of their own."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = ("build_and_run.sh", "environment.sh", "requirements.txt", "pyproject.toml")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A copy of the scripts whose environment counts as made."""
+    for name in FILES:
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    program(python, f'exec {sys.executable} "$@"')
+    made_from = "".join((ROOT / name).read_text() for name in FILES[2:3] * 2 + FILES[3:])
+    (tmp_path / ".venv/made-from-requirements.txt").write_text(made_from)
+    return tmp_path
+
+
+def program(path: Path, line: str) -> None:
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+
+
+def run(place: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environ = {n: v for n, v in os.environ.items() if not n.startswith("OMNISPEECH_")}
+    environ |= variables
+    command = ["bash", str(place / "build_and_run.sh"), *arguments]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+
+
+def fake_server(place: Path, body: str) -> int:
+    """What stands for the server; gives a port that is free."""
+    (place / "model_worker.py").write_text(body)
+    program(place / ".venv/bin/omnispeech", 'echo "asked $*"')
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+READY = """
+import http.server, sys
+class Ready(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+port = int(sys.argv[sys.argv.index("--port") + 1])
+server = http.server.HTTPServer(("127.0.0.1", port), Ready)
+print(f"running on http://127.0.0.1:{port}", flush=True)
+server.serve_forever()
+"""
+
+
+def test_a_port_that_is_taken_is_refused_before_the_server_is_started(place: Path) -> None:
+    fake_server(place, "open('started', 'w')")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        ran = run(place, "--local", "--models", "/m", "--port", str(port))
+    assert ran.returncode == 1
+    assert f"port {port} is taken" in ran.stderr and "--port" in ran.stderr
+    assert not (place / "started").exists() and "asked" not in ran.stdout
+
+
+@pytest.mark.parametrize("port", ["0", "http", "65536", "-1", "", "99999999999999999999"])
+def test_a_port_that_is_none_is_refused(place: Path, port: str) -> None:
+    ran = run(place, "--local", "--port", port)
+    assert ran.returncode == 1
+    assert ran.stderr == f"build_and_run.sh: --port '{port}'; allowed: 1 to 65535\n"
+
+
+def test_port_and_device_come_from_the_environment_too(place: Path) -> None:
+    port = fake_server(place, "import sys\nsys.exit(' '.join(sys.argv))")
+    variables = {"OMNISPEECH_PORT": str(port), "OMNISPEECH_DEVICE": "cuda:1"}
+    ran = run(place, "--local", "--models", "/m", **variables)
+    assert f"--models /m --device cuda:1 --port {port}" in ran.stderr
+
+
+def test_stop_says_what_it_did(place: Path) -> None:
+    assert run(place, "--stop", OMNISPEECH_PORT="0").stdout == "no server was running\n"
+    port = fake_server(place, READY)
+    ran = run(place, "--local", "--models", "/m", "--port", str(port))
+    assert ran.returncode == 0, ran.stderr
+    assert f"-o {place}/reply.wav" in ran.stdout
+    assert run(place, "--stop").stdout == "stopped\n"
+    assert run(place, "--stop").stdout == "no server was running\n"
+
+
+def test_a_server_that_ends_while_another_answers_is_not_believed(place: Path) -> None:
+    """Between the check and the start somebody else may take the port."""
+    two = "import os, time\nif os.fork():\n    time.sleep(1)\n    sys.exit(3)\nserver ="
+    other = READY.replace("server =", two).replace("print(", "str(")
+    port = fake_server(place, other.replace("serve_forever()", "handle_request()"))
+    (place / ".local").mkdir()
+    (place / ".local/server.log").write_text("running on http://127.0.0.1:1")  # of the last one
+    ran = run(place, "--local", "--models", "/m", "--port", str(port))
+    assert ran.returncode == 1
+    assert "the server ended" in ran.stderr and "asked" not in ran.stdout
+
+
+def make(place: Path, file: str) -> subprocess.CompletedProcess[str]:
+    command = ["sh", "-ec", f'. ./environment.sh; make_environment {file}; echo "$bin"']
+    environ = {**os.environ, "PYTHON": str(place / "python")}
+    environ.pop("OMNISPEECH_VENV", None)
+    return subprocess.run(
+        command, cwd=place, env=environ, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_each_requirements_file_has_its_own_stamp(place: Path) -> None:
+    (place / "requirements-dev.txt").write_bytes((ROOT / "requirements-dev.txt").read_bytes())
+    program(place / ".venv/bin/python", 'echo "$@" >> calls')
+    assert make(place, "requirements-dev.txt").returncode == 0
+    assert "requirements-dev.txt" in (place / "calls").read_text()
+    (place / "calls").unlink()
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        assert make(place, name).stdout == ".venv/bin\n"
+    assert not (place / "calls").exists()
+
+
+def test_an_environment_without_pip_is_made_again(place: Path) -> None:
+    (place / ".venv/made-from-requirements.txt").unlink()
+    (place / ".venv/pyvenv.cfg").touch()
+    program(place / ".venv/bin/python", "exit 1")
+    program(place / "python", f'[ "$1" = -c ] || echo "$@" >> calls; exec {sys.executable} -c ""')
+    make(place, "requirements.txt")
+    assert (place / "calls").read_text() == "-m venv --clear .venv\n"
