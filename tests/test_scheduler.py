@@ -137,8 +137,9 @@ def test_memory_of_a_cancelled_session_is_given_back_once() -> None:
     assert memory.free == 100
 
 
-def test_prompt_is_read_whole_when_nobody_talks_and_in_pieces_when_somebody_does() -> None:
-    assert [t.prompt_positions for t in started(session()).llm_turns(0.0)] == [40]
+def test_prompt_is_read_in_small_pieces_while_somebody_talks_else_in_large_ones() -> None:
+    assert [t.prompt_positions for t in started(session(length=40)).llm_turns(0.0)] == [40]
+    assert [t.prompt_positions for t in started(session(length=9000)).llm_turns(0.0)] == [2048]
     turns = started(session(), talking()).llm_turns(0.0)
     assert [t.prompt_positions for t in turns if t.prompt_positions] == [16]
 

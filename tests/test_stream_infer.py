@@ -96,6 +96,7 @@ async def test_the_reply_is_16_khz_in_frames_of_a_tenth_of_a_second() -> None:
     [
         (b"", "0.000 s of audio came; send at least 1 s"),
         (seconds(0.999), "0.999 s of audio came"),
+        (framed(bytes(2 * 15_999)), "0.999 s of audio came; send at least 1 s"),
         (seconds(2)[:-1], "the body ends inside a frame (3203 bytes of it came)"),
         (seconds(2) + b"\x01\x00", "the body ends inside a frame (2 bytes of it came)"),
         (framed(bytes(3)), "3 bytes are not whole samples"),

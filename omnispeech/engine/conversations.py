@@ -45,6 +45,7 @@ class Conversations:
         self.unit_s = Average()
         self._decode_cost = LinearCost()
         flow = models.decoder.flow
+        decoder.check_step(flow.config.encoder.block_size)
         frame_s = models.decoder.hift.config.hop / models.decoder.sample_rate_hz
         self.scheduler = Scheduler(
             max_running=config.max_conversations,

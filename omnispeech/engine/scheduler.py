@@ -8,6 +8,8 @@ from omnispeech.engine.pace import BlockRule, LinearCost, Pace
 from omnispeech.engine.playback import COMFORT_S
 from omnispeech.engine.session import Session
 
+QUIET_PREFILL = 2048  # prompt positions per step while nobody is talking: bounds the memory
+
 
 @dataclass(frozen=True, slots=True)
 class SoundBlock:
@@ -113,9 +115,9 @@ class Scheduler:
             self.waiting.popleft()
 
     def _prompt_pieces(self, sessions: Sequence[Session]) -> list[LLMTurn]:
-        """All of a prompt when nobody is talking, else a piece, so that no reply starves."""
+        """Small pieces while somebody is talking, so that no reply starves."""
         talking = any(s.interleaver.text_ids for s in sessions)
-        budget = self._prefill_tokens if talking else sum(s.prompt_left for s in sessions)
+        budget = self._prefill_tokens if talking else max(self._prefill_tokens, QUIET_PREFILL)
         pieces = []
         for session in sessions:
             if budget and session.heard and session.prefilling:
