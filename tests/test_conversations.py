@@ -371,3 +371,14 @@ def test_a_request_of_many_sounds_is_heard_one_sound_per_step() -> None:
         assert not caller.ids[0]
     engine.step()
     assert caller.ids[0]
+
+
+def test_a_reply_whose_stream_cannot_be_opened_gives_its_memory_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = conversations()
+    monkeypatch.setattr("omnispeech.engine.conversations.open_stream", lambda *_: 1 / 0)
+    caller = Caller(engine, question())
+    run(engine)
+    assert isinstance(caller.events[-1], ZeroDivisionError)
+    assert engine.runner.speech_cache.free_tokens == engine.runner.llm_cache.free_tokens == 8192

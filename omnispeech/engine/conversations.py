@@ -72,7 +72,6 @@ class Conversations:
         """A session for `request`, not yet inserted; its prompt and features are ready.
 
         created_s: when the request came, by time.perf_counter; None: now.
-
         Raises RequestError if the request can not be answered. Safe from any thread.
         """
         created_s = time.perf_counter() if created_s is None else created_s
@@ -103,8 +102,14 @@ class Conversations:
         )
 
     def _enter(self, session: Session) -> bool:
-        session.vocoder = open_stream(self.models.decoder, self.decoder_config, session.seed)
-        return self.runner.enter(session)
+        if not self.runner.enter(session):
+            return False
+        try:
+            session.vocoder = open_stream(self.models.decoder, self.decoder_config, session.seed)
+        except Exception:
+            self.runner.leave(session)
+            raise
+        return True
 
     def _mels(self, audios: Sequence[Samples]) -> list[Tensor]:
         """The original pads every audio of a request to the longest."""
