@@ -147,8 +147,8 @@ def table(caption: str, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def parameters(worker: Worker) -> int:
-    models = worker.conversations.models
-    modules = (models.lm, models.decoder.flow, models.decoder.hift)
+    decoder = worker.conversations.speech_decoder
+    modules = (worker.conversations.models.lm, decoder.flow, decoder.hift)
     return sum(p.numel() for module in modules for p in module.parameters())
 
 

@@ -70,10 +70,7 @@ def load_models(
             f"{decoder.flow.config.vocab_size}; they do not belong together"
         )
     logger.info("%s on %s in %s, %s in torch.float32", path, device, dtype, directory / DECODER)
-    return Models(
-        **{name: getattr(language, name) for name in LanguageModels.__dataclass_fields__},
-        decoder=decoder,
-    )
+    return Models(language, decoder)
 
 
 def language_models(

@@ -14,7 +14,7 @@ from omnispeech.checkpoint.opens2s import load_opens2s
 from omnispeech.config import DecoderConfig, EngineConfig
 from omnispeech.engine.conversations import Conversations
 from omnispeech.engine.events import Audio, AudioDelta, Event, Message, Text, TurnRequest
-from omnispeech.engine.runner import LanguageModels, Models
+from omnispeech.engine.runner import Models
 from omnispeech.engine.session import Session
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -26,8 +26,7 @@ def golden_models(*, compatible: bool = False) -> Models:
     path = GOLDEN / "opens2s" / "opens2s-tiny"
     loaded = load_opens2s(path, torch.device("cpu"), torch.float32)
     language = replace(language_models(path, loaded, compatible=compatible), unit_limit=40)
-    fields = {name: getattr(language, name) for name in LanguageModels.__dataclass_fields__}
-    return Models(**fields, decoder=load_decoder(GOLDEN / "decoder", convert=False))
+    return Models(language, load_decoder(GOLDEN / "decoder", convert=False))
 
 
 def conversations(decoder: DecoderConfig | None = None, **changes: Any) -> Conversations:
@@ -35,7 +34,8 @@ def conversations(decoder: DecoderConfig | None = None, **changes: Any) -> Conve
     settings = {k: v for k, v in changes.items() if k in EngineConfig.__dataclass_fields__}
     config = EngineConfig(**{"kv_tokens": 8192, "context_length": 4096, **settings})
     models = golden_models(compatible=config.compatible)
-    models = replace(models, **{k: v for k, v in changes.items() if k not in settings})
+    others = {k: v for k, v in changes.items() if k not in settings}
+    models = replace(models, language=replace(models.language, **others))
     return Conversations(models, config, decoder or DecoderConfig(euler_steps=2, first_block=10))
 
 

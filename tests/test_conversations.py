@@ -73,12 +73,14 @@ def test_another_seed_gives_another_reply() -> None:
 
 
 def test_a_reply_without_a_unit_ends_without_sound() -> None:
-    engine = conversations(text_end=frozenset(range(600)), speech_end=golden_models().speech_end)
+    engine = conversations(
+        text_end=frozenset(range(600)), speech_end=golden_models().language.speech_end
+    )
     caller = Caller(engine, question(seed=None))
     caller.session.interleaver.rules = replace(caller.session.rules, unit_limit=1)
     silent = Caller(engine, question(seed=None))
     engine.runner.unit_head.choose = lambda states, sessions: [  # type: ignore[method-assign]
-        min(golden_models().speech_end) for _ in sessions
+        min(golden_models().language.speech_end) for _ in sessions
     ]
     run(engine)
     for each in (caller, silent):
@@ -260,7 +262,7 @@ def test_numbers_that_are_not_finite_are_an_error_and_not_a_token(
 
 def test_no_end_id_and_no_word_is_written_before_the_text_has_ended() -> None:
     """Defect B5, with random sampling over everything and half of the units as end ids."""
-    models = golden_models()
+    models = golden_models().language
     ends = models.speech_end | {
         models.units.to_id(unit) for unit in range(0, models.units.count, 2)
     }
@@ -275,7 +277,7 @@ def test_no_end_id_and_no_word_is_written_before_the_text_has_ended() -> None:
 
 def test_an_id_that_is_no_unit_is_never_spoken() -> None:
     """Defect B5: where end ids and words can be chosen, the original speaks them as unit 0."""
-    units = replace(golden_models().units, count=100)  # of 256
+    units = replace(golden_models().language.units, count=100)  # of 256
     engine = conversations(DecoderConfig(euler_steps=1), compatible=True, units=units)
     caller = Caller(engine, question(speech_temperature=5.0))
     run(engine)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from omnispeech.config import DecoderConfig, EngineConfig
 from omnispeech.engine.conversations import Conversations
+from omnispeech.engine.runner import Models
 from omnispeech.models.speech_decoder import SpeechDecoder
 
 META = torch.device("meta")
@@ -26,10 +27,9 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Conversations:
     """The language models in bf16, the decoder in fp32, as on a GPU."""
     models = golden_models()
     decoder = models.decoder
-    models = replace(
-        models,
-        lm=elsewhere(models.lm, torch.bfloat16),
-        decoder=SpeechDecoder(
+    models = Models(
+        replace(models.language, lm=elsewhere(models.language.lm, torch.bfloat16)),
+        SpeechDecoder(
             elsewhere(decoder.flow, torch.float32), elsewhere(decoder.hift, torch.float32)
         ),
     )
@@ -57,4 +57,4 @@ def test_nothing_the_engine_makes_lies_on_another_device_than_the_models(
         engine.step()
     for caller in callers:
         assert not [event for event in caller.events if isinstance(event, Exception)]
-        assert caller.ids == ([7] * 6, [7 + golden_models().units.units_bias] * 48)
+        assert caller.ids == ([7] * 6, [7 + golden_models().language.units.units_bias] * 48)

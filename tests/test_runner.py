@@ -74,7 +74,7 @@ def test_the_speech_lm_reads_the_speaker_vector_first() -> None:
 
 def test_a_speaker_embedding_that_is_given_is_heard() -> None:
     """Defect B8: the original has the parameter and reads another."""
-    lm, voice = golden_models().lm.tts_lm_model, torch.linspace(-1, 1, 512)
+    lm, voice = golden_models().language.lm.tts_lm_model, torch.linspace(-1, 1, 512)
     expected = lm.spk_ln(lm.spk2tts.weight @ voice)
     torch.testing.assert_close(lm.speaker(voice), expected)
     assert (lm.speaker(voice) - lm.speaker()).abs().max() > 1e-2

@@ -35,12 +35,13 @@ class Conversations:
     """Replies that share every model call."""
 
     def __init__(self, models: Models, config: EngineConfig, decoder: DecoderConfig) -> None:
-        self.models = models
+        self.models = models.language
+        self.speech_decoder = models.decoder
         self.config = config
         self.decoder_config = decoder
         # compatible rules make an audio's last vector depend on the others of its request
         reuse = config.reuse_prefixes and not config.compatible
-        self.runner = Runner(models, config.kv_tokens, reuse_prefixes=reuse)
+        self.runner = Runner(models.language, config.kv_tokens, reuse_prefixes=reuse)
         self.steps = 0
         self.unit_s = Average()
         self._decode_cost = LinearCost()
@@ -105,7 +106,7 @@ class Conversations:
         if not self.runner.enter(session):
             return False
         try:
-            session.vocoder = open_stream(self.models.decoder, self.decoder_config, session.seed)
+            session.vocoder = open_stream(self.speech_decoder, self.decoder_config, session.seed)
         except Exception:
             self.runner.leave(session)
             raise

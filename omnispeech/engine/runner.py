@@ -37,10 +37,11 @@ class LanguageModels:
     unit_limit: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Models(LanguageModels):
+@dataclass(frozen=True, slots=True)
+class Models:
     """Everything a conversation needs."""
 
+    language: LanguageModels
     decoder: SpeechDecoder
 
 

@@ -84,7 +84,7 @@ class Worker:
 
     @property
     def sample_rate_hz(self) -> int:
-        return self.conversations.models.decoder.sample_rate_hz
+        return self.conversations.speech_decoder.sample_rate_hz
 
     def status(self) -> EngineStatus:
         running = len(self._conversations.scheduler.running) if self._conversations else 0
