@@ -38,7 +38,12 @@ stop_server() {
     # a number that another program has by now is left alone
     [[ $arguments == *model_worker.py* ]] || return 1
     kill "$pid"
-    while kill -0 "$pid" 2>/dev/null; do sleep 0.1; done
+    # replies under way may finish: the server ends by itself within half a minute
+    for _ in $(seq 400); do
+        kill -0 "$pid" 2>/dev/null || return 0
+        sleep 0.1
+    done
+    kill -9 "$pid" 2>/dev/null || true
 }
 
 # Nothing listens there: the server that answers later is ours.
@@ -61,8 +66,8 @@ answers() {
 
 start_server() {
     : >.local/server.log # what the last server said is not taken for this one's
-    "$bin/python" model_worker.py --models "$models" --device "$device" --port "$port" \
-        >.local/server.log 2>&1 &
+    nohup "$bin/python" model_worker.py --models "$models" --device "$device" \
+        --host 127.0.0.1 --port "$port" >.local/server.log 2>&1 </dev/null &
     local pid=$!
     echo "$pid" >.local/server.pid
     # only a server that has the port says so; another one may answer there

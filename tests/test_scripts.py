@@ -79,7 +79,7 @@ def test_port_and_device_come_from_the_environment_too(place: Path) -> None:
     port = fake_server(place, "import sys\nsys.exit(' '.join(sys.argv))")
     variables = {"OMNISPEECH_PORT": str(port), "OMNISPEECH_DEVICE": "cuda:1"}
     ran = run(place, "--local", "--models", "/m", **variables)
-    assert f"--models /m --device cuda:1 --port {port}" in ran.stderr
+    assert f"--models /m --device cuda:1 --host 127.0.0.1 --port {port}" in ran.stderr
 
 
 def test_stop_says_what_it_did(place: Path) -> None:
