@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -58,7 +58,6 @@ def test_output_length_follows_the_formula(frames: int, vectors: int) -> None:
     assert build().output_length(frames) == vectors
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.lists(st.integers(1, 7), min_size=1, max_size=3))
 def test_output_has_at_least_the_valid_vectors_for_any_kernel(
     frames: int, kernel_sizes: list[int]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import WhisperFeatureExtractor
@@ -66,7 +66,6 @@ def test_clips_of_one_request_match_the_extractor_even_where_a_chunk_is_exactly_
         torch.testing.assert_close(log_mel(clip, config, longest=40_000), mel, rtol=0, atol=2e-5)
 
 
-@settings(deadline=None)
 @given(samples=st.integers(1, 31_000), longest=st.integers(0, 200_000))
 def test_a_longer_audio_in_the_request_leaves_the_valid_mel_as_it_is(
     samples: int, longest: int

@@ -9,7 +9,7 @@ from omnispeech.audio.resample import Resampler
 NOISE = np.random.default_rng(0).uniform(-1, 1, (12_000, 2)).astype(np.float32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rate_hz=st.sampled_from([8_000, 22_050, 44_100, 48_000]),
     channels=st.sampled_from([1, 2]),

@@ -44,7 +44,7 @@ async def heard(body: bytes, query: str = "") -> list[int]:
     return (message.content[0].samples * 32768).astype(int).tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(0, 300), max_size=8),
     cuts=st.lists(st.integers(0, 2500), max_size=12),

@@ -83,7 +83,7 @@ def test_no_frame_is_lost_however_the_reply_is_cut(
 
 
 @given(st.lists(st.integers(0, 30), max_size=4), st.integers(0, 20), st.integers(19, 60))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_total_is_that_of_the_offline_run_for_any_chunking(
     sizes: list[int], rest: int, overlap: int
 ) -> None:

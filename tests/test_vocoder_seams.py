@@ -22,7 +22,7 @@ def decoder() -> SpeechDecoder:
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_noise_of_a_column_does_not_depend_on_how_it_is_asked_for(sizes: list[int]) -> None:
     whole = IndexedColumns(3, 16, 7).take(0, sum(sizes))
     columns = IndexedColumns(3, 16, 7)

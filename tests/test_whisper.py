@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen2AudioEncoder as TransformersQwen2AudioEncoder
 from transformers import Qwen2AudioEncoderConfig, WhisperConfig
@@ -80,7 +80,6 @@ def test_output_length_is_summed_over_segments_that_pool_to_an_odd_number() -> N
     assert encoder.output_length(124) == 30 == len(encoder.encode(torch.zeros(10, 124), 124))
 
 
-@settings(deadline=None)
 @given(st.sampled_from(list(ORACLES)), st.integers(1, 200))
 def test_encode_gives_whole_segments_that_hold_the_valid_frames(kind: str, valid: int) -> None:
     encoder = build(kind)
