@@ -6,7 +6,6 @@ compatible mode follows the original, which lets it.
 """
 
 import codecs
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from omnispeech.errors import CheckpointError, RequestError
+from omnispeech.json_file import read_json
 
 AUDIO_SLOT = -200  # stands in the ids where the vectors of one audio are put
 DEFAULT_SYSTEM = "You are a helpful assistant."
@@ -160,7 +160,7 @@ class UnitVocabulary:
     def from_directory(cls, path: Path) -> "UnitVocabulary":
         """`path` is the `tts` folder of the checkpoint."""
         file = path / "tokenizer.json"
-        stored = _read_json(file)  # five times faster here than building a Tokenizer
+        stored = read_json(file)  # five times faster here than building a Tokenizer
         tokens = dict(stored.get("model", {}).get("vocab", {}))
         tokens |= {token["content"]: token["id"] for token in stored.get("added_tokens", ())}
         ids = {int(m[1]): i for token, i in tokens.items() if (m := UNIT_TOKEN.fullmatch(token))}
@@ -247,24 +247,12 @@ def _read_tokenizer(file: Path) -> Tokenizer:
     return tokenizer
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as exc:
-        raise CheckpointError(f"{file} is missing") from exc
-    except ValueError as exc:
-        raise CheckpointError(f"{file} is not valid JSON: {exc}") from exc
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} is not a JSON object")
-    return value
-
-
 def _read_template(path: Path, tokenizer: Tokenizer) -> Render:
     """The chat template as transformers renders it: in its sandbox, with its helpers."""
     from jinja2 import TemplateError
     from transformers import PreTrainedTokenizerFast
 
-    config = _read_json(path / "tokenizer_config.json")
+    config = read_json(path / "tokenizer_config.json")
     chat = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         chat_template=_template_text(path, config),
@@ -289,7 +277,7 @@ def _template_text(path: Path, config: dict[str, Any]) -> str:
     jinja, legacy = path / "chat_template.jinja", path / "chat_template.json"
     if jinja.is_file():
         return jinja.read_text(encoding="utf-8")
-    template = (_read_json(legacy) if legacy.is_file() else config).get("chat_template")
+    template = (read_json(legacy) if legacy.is_file() else config).get("chat_template")
     if isinstance(template, list):  # several by name
         template = {t["name"]: t["template"] for t in template}.get("default")
     if not isinstance(template, str):

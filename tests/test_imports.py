@@ -18,11 +18,12 @@ MAY_IMPORT = {
     "__init__": set(),
     "errors": set(),
     "config": {"errors"},
-    "prompt": BASE,
+    "json_file": {"errors"},
+    "prompt": BASE | {"json_file"},
     "audio": BASE,
     "layers": BASE,
     "models": BASE | {"layers"},
-    "checkpoint": BASE | {"layers", "models", "prompt"},
+    "checkpoint": BASE | {"json_file", "layers", "models", "prompt"},
     "tiny": BASE | {"checkpoint", "layers", "models", "prompt"},
     "engine": BASE | {"audio", "layers", "models", "prompt"},
     "server": BASE | {"audio", "engine.events"},
@@ -33,7 +34,17 @@ MAY_IMPORT = {
     "cli": ANYTHING,
 }
 TOP = {part for part, allowed in MAY_IMPORT.items() if allowed is ANYTHING}
-NO_TORCH = ("errors", "config", "prompt", "server", "client", "microphone", "cli", "__init__")
+NO_TORCH = (
+    "errors",
+    "config",
+    "json_file",
+    "prompt",
+    "server",
+    "client",
+    "microphone",
+    "cli",
+    "__init__",
+)
 NO_TORCH_FILES = {"engine/events.py", "engine/interleave.py", "engine/playback.py"}
 NO_TORCH_FILES |= {"engine/scheduler.py", "engine/session.py", "audio/io.py", "audio/resample.py"}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from omnispeech.checkpoint.opens2s import load_opens2s
 from omnispeech.errors import CheckpointError
 from omnispeech.models.omnispeech import OmniSpeech, OmniSpeechConfig
-from omnispeech.parity.cases import distance, read_cases
+from omnispeech.parity.cases import Case, case_names, distance, read_case
 from omnispeech.parity.opens2s import compare, hear
 from omnispeech.parity.report import Row
 from omnispeech.prompt import AUDIO, PromptBuilder
@@ -44,6 +44,10 @@ def golden(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
+def read_cases(checkpoint: Path) -> list[Case]:
+    return [read_case(checkpoint, name) for name in case_names(checkpoint)]
+
+
 def failures(directory: Path) -> list[str]:
     return [row.stage for row in compare(directory) if not row.passed]
 
@@ -64,7 +68,7 @@ def test_every_golden_number_is_reproduced(rows: list[Row]) -> None:
 
 def test_every_golden_tensor_and_every_generation_is_compared(rows: list[Row]) -> None:
     compared = {(row.case, row.stage) for row in rows}
-    cases = list(read_cases(GOLDEN / "opens2s-tiny"))
+    cases = read_cases(GOLDEN / "opens2s-tiny")
     assert {case.name for case in cases} == {
         f"opens2s-tiny/{case}" for case in ("text", "audio2s", "twoturn")
     }
@@ -191,7 +195,7 @@ def write_expected(directory: Path, checkpoint: Path) -> None:
     save_file({}, expected / "case.safetensors")
     loaded = load_opens2s(checkpoint, torch.device("cpu"), torch.float32)
     prompts = PromptBuilder.from_directory(checkpoint, compatible=True)
-    heard = hear(next(read_cases(checkpoint)), loaded, prompts)
+    heard = hear(read_cases(checkpoint)[0], loaded, prompts)
     (expected / "case.json").write_text(json.dumps(facts | heard.facts))
     windows = {f"mel_{i}.0": mel[:, :90].contiguous() for i, mel in enumerate(heard.mels)}
     tensors = {name: t.contiguous() for name, t in heard.tensors.items()} | windows

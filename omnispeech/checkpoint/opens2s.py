@@ -9,8 +9,9 @@ import torch
 
 from omnispeech.checkpoint.files import assign_weights, build_on_meta, check_weights
 from omnispeech.checkpoint.lora import MergedLora, has_lora
-from omnispeech.checkpoint.shards import Shards, TensorFiles, read_json
+from omnispeech.checkpoint.shards import Shards, TensorFiles
 from omnispeech.errors import CheckpointError
+from omnispeech.json_file import read_json
 from omnispeech.models.omnispeech import OmniSpeech, OmniSpeechConfig
 from omnispeech.models.qwen3 import Qwen3Config
 

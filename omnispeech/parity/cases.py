@@ -1,7 +1,5 @@
 """Golden cases on disk: requests, and what the original made of them."""
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from omnispeech.errors import CheckpointError
+from omnispeech.json_file import read_json
 from omnispeech.prompt import AUDIO, AudioMark, PromptMessage
 
 PREFIX = "expected-"
@@ -43,20 +42,15 @@ def case_names(checkpoint: Path) -> list[str]:
     """Of the JSON files that tell a request; others beside them are notes."""
     expected = _expected(checkpoint)
     names = sorted(path.name.removesuffix(".json") for path in expected.glob("*.json"))
-    names = [name for name in names if "messages" in _facts(expected, name)]
+    names = [name for name in names if "messages" in read_json(expected / f"{name}.json")]
     if not names:
         raise CheckpointError(f"{expected} holds no case")
     return names
 
 
-def read_cases(checkpoint: Path) -> Iterator[Case]:
-    for name in case_names(checkpoint):
-        yield read_case(checkpoint, name)
-
-
 def read_case(checkpoint: Path, name: str) -> Case:
     expected = _expected(checkpoint)
-    facts = _facts(expected, name)
+    facts = read_json(expected / f"{name}.json")
     items = [_items(message["content"]) for message in facts["messages"]]
     waves = [item["wave"] for turn in items for item in turn if item.get("wave")]
     return Case(
@@ -74,13 +68,6 @@ def read_case(checkpoint: Path, name: str) -> Case:
 
 def _expected(checkpoint: Path) -> Path:
     return checkpoint.with_name(PREFIX + checkpoint.name)
-
-
-def _facts(expected: Path, name: str) -> dict[str, Any]:
-    try:
-        return json.loads((expected / f"{name}.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as exc:
-        raise CheckpointError(f"{expected / name}.json is damaged: {exc}") from exc
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ The layout of a golden directory is told in `tests/golden/decoder/README.md`; ru
 stages are taken from what is stored, and what cannot be compared is a failing row.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from omnispeech.config import DecoderConfig
 from omnispeech.engine.noise import Noise, OriginalNoise
 from omnispeech.engine.vocoder import CompatibleStream
 from omnispeech.errors import CheckpointError
+from omnispeech.json_file import read_json
 from omnispeech.models.speech_decoder import SpeechDecoder
 from omnispeech.parity.decoder_stages import Recorder
 from omnispeech.parity.report import Row
@@ -80,7 +80,7 @@ def compare(directory: Path) -> Iterator[Row]:
     """One row per stored tensor, and one for the lengths of each block."""
     decoder = load_decoder(directory, convert=False)
     inputs = _read(directory / "inputs.safetensors")
-    meta = json.loads(_existing(directory / "meta.json").read_text(encoding="utf-8"))
+    meta = read_json(directory / "meta.json")
     files = {path.stem: path for path in sorted(directory.glob("*.safetensors"))}
     streams = {name: blocks for name, blocks in meta.items() if _is_stream(blocks)}
     for case in sorted((files.keys() | streams.keys()) - NOT_RUNS):
