@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "models": BASE | {"layers"},
     "checkpoint": BASE | {"json_file", "layers", "models", "prompt"},
     "tiny": BASE | {"checkpoint", "layers", "models", "prompt"},
+    "quantization": BASE | {"audio", "checkpoint", "json_file", "layers", "models", "prompt"},
     "engine": BASE | {"audio", "layers", "models", "prompt"},
     "server": BASE | {"audio", "engine.events"},
     "microphone": BASE | {"audio"},

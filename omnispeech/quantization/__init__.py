@@ -1,0 +1,1 @@
+"""The offline half: one layer-streaming pipeline, methods plugged in."""
