@@ -8,7 +8,8 @@ from torch import Tensor
 
 from omnispeech.errors import CheckpointError
 from omnispeech.layers.kv_cache import KVCache
-from omnispeech.models.qwen3 import CausalLM, Qwen3Config
+from omnispeech.layers.rotary import RopeScaling
+from omnispeech.models.qwen3 import CausalLM, Qwen3Config, with_defaults
 
 DIMENSIONS: dict[str, Any] = {
     "hidden_size": 48,
@@ -20,15 +21,22 @@ DIMENSIONS: dict[str, Any] = {
 }
 
 
+# with theta 100 and 12 wide heads: two frequencies are kept, two blended, two divided
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
 def oracle(kind: str, **changes: Any) -> Any:
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3ForCausalLM
-    from transformers import Qwen3Config as TheirConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config, model = (
-        (TheirConfig, Qwen3ForCausalLM) if kind == "qwen3" else (Qwen2Config, Qwen2ForCausalLM)
-    )
-    theirs = model(config(**{**DIMENSIONS, "initializer_range": 0.3, **changes}))
+    settings = {**DIMENSIONS, "initializer_range": 0.3, **changes}
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
     for name, parameter in theirs.named_parameters():
         if "norm" in name or "bias" in name:
             torch.nn.init.normal_(parameter, 1.0, 0.3)
@@ -59,6 +67,13 @@ def run(model: CausalLM, ids: Tensor, cuts: list[int]) -> Tensor:
         ("qwen3", {"head_dim": 16, "rope_theta": 1e6}),
         ("qwen3", {"head_dim": 32, "attention_bias": True}),
         ("qwen2", {}),
+        ("qwen2", {"rope_theta": 1e6}),
+        ("llama", {"rms_norm_eps": 1e-5}),
+        ("llama", {"head_dim": 16, "attention_bias": True}),
+        ("llama", {"rope_theta": 100.0, "rope_scaling": LLAMA3}),
+        ("llama", {"rope_parameters": {"rope_theta": 100.0, **LLAMA3}}),
+        ("mistral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": None, "head_dim": 32}),
     ],
 )
 @torch.inference_mode()
@@ -101,10 +116,49 @@ def test_absent_keys_mean_the_class_defaults() -> None:
     assert (config.rms_norm_eps, config.rope_theta) == (1e-6, 10000.0)
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "qwen2", "llama", "mistral"])
+def test_absent_keys_mean_the_class_defaults_of_every_type(kind: str) -> None:
+    from transformers import AutoConfig
+
+    given = {"model_type": kind, "sliding_window": None}
+    theirs = AutoConfig.for_model(**given).to_dict()
+    assert Qwen3Config.from_dict(given) == Qwen3Config.from_dict(theirs)
+    context = with_defaults(given)[1]["max_position_embeddings"]
+    assert context == theirs["max_position_embeddings"]
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "width"), [(8, None, 4096 // 8), (32, 4, 128)], ids=["absent", "given"]
+)
+def test_heads_of_llama_follow_from_its_width(heads: int, groups: int | None, width: int) -> None:
+    raw = {"model_type": "llama", "num_attention_heads": heads}
+    config = Qwen3Config.from_dict(raw | ({"num_key_value_heads": groups} if groups else {}))
+    assert (config.num_key_value_heads, config.head_dim) == (groups or heads, width)
+
+
 def test_rope_theta_is_read_from_both_places() -> None:
     new = {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}
     assert Qwen3Config.from_dict(new).rope_theta == 1e6
     assert Qwen3Config.from_dict({"rope_theta": 5e5}).rope_theta == 5e5
+
+
+def test_scaled_rotation_is_read_from_both_places_and_spellings() -> None:
+    expected = RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64
+    )
+    old = {"type": "llama3", **{k: v for k, v in LLAMA3.items() if k != "rope_type"}}
+    for rope in (
+        {"rope_scaling": LLAMA3},
+        {"rope_scaling": old},
+        {"rope_parameters": {"rope_theta": 5e5, **LLAMA3}},
+    ):
+        assert Qwen3Config.from_dict({"model_type": "llama", **rope}).rope_scaling == expected
+
+
+@pytest.mark.parametrize("wrong", [{"factor": None}, {"factor": 0}, {"high_freq_factor": 1.0}])
+def test_a_scaling_that_means_nothing_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"it needs factor, low_freq_factor"):
+        Qwen3Config.from_dict({"model_type": "llama", "rope_scaling": {**LLAMA3, **wrong}})
 
 
 @pytest.mark.parametrize(
@@ -113,12 +167,22 @@ def test_rope_theta_is_read_from_both_places() -> None:
         {"model_type": "gpt2"},
         {"hidden_act": "gelu"},
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         {"use_sliding_window": True},
+        {"model_type": "llama", "mlp_bias": True},
+        {"model_type": "mistral"},
+        {"model_type": "mistral", "sliding_window": 4096, "max_position_embeddings": 32768},
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(raw: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"supported|known"):
         Qwen3Config.from_dict(raw)
+
+
+def test_a_window_as_wide_as_the_context_is_no_window() -> None:
+    raw = {"model_type": "mistral", "sliding_window": 4096, "max_position_embeddings": 4096}
+    assert Qwen3Config.from_dict(raw).num_key_value_heads == 8
 
 
 def small_cache(tokens: int) -> KVCache:

@@ -1,7 +1,8 @@
 """Checkpoints saved in the middle of LoRA training: merged while they are read."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,8 +50,15 @@ class MergedLora:
     def names(self) -> Collection[str]:
         return self._stored.keys()
 
+    @property
+    def bytes_read(self) -> int:
+        return self._tensors.bytes_read
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors.shape(self._stored[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors.dtype(self._stored[name])
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
         if name not in self._targets:
@@ -59,6 +67,12 @@ class MergedLora:
             self._tensors.read(stored, device, torch.float32) for stored in self._parts(name)
         )
         return (weight + self._scale * (b @ a)).to(dtype)
+
+    def read_rows(self, name: str, rows: Sequence[int] | Tensor) -> Tensor:
+        if name not in self._targets:
+            return self._tensors.read_rows(self._stored[name], rows)
+        weight = self.read(name, torch.device("cpu"), self.dtype(name))
+        return weight[torch.as_tensor(rows, dtype=torch.long).cpu()]
 
     def _parts(self, target: str) -> tuple[str, str, str]:
         return self._stored[target], self._sides[target, "A"], self._sides[target, "B"]
@@ -75,6 +89,18 @@ class MergedLora:
                 f"the LoRA of {target} has lora_A {list(a)} and lora_B {list(b)}, which do not fit "
                 f"the weight {list(weight)} and r={self._rank} of lora_config"
             )
+
+
+def merged(tensors: TensorFiles, directory: Path, raw: Mapping[str, Any]) -> TensorFiles:
+    """`tensors` of `directory`, merged if there is LoRA among them; `raw`: its config.json."""
+    if not has_lora(tensors.names):
+        return tensors
+    if not raw.get("lora_config"):
+        raise CheckpointError(
+            f"{directory} holds LoRA tensors, but its config.json has no lora_config; "
+            "r and lora_alpha are needed to merge them"
+        )
+    return MergedLora(tensors, raw["lora_config"])
 
 
 def has_lora(names: Collection[str]) -> bool:

@@ -1,56 +1,102 @@
 """The tensors of a checkpoint directory: one model.safetensors, or an index and its shards."""
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from threading import Lock
+from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from omnispeech.checkpoint.tensor_file import TensorFile
 from omnispeech.errors import CheckpointError
 from omnispeech.json_file import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PINNED = 64 << 20  # bytes of host memory through which tensors travel to a CUDA device
+CAST = 1 << 20  # bytes cast at a time: they are still in the cache of the processor
 
 
 class TensorFiles(Protocol):
-    """Named tensors on disk. `shape` reads headers only, `read` one tensor."""
+    """Named tensors on disk. `shape` and `dtype` read headers only, `read` one tensor."""
 
     @property
     def names(self) -> Collection[str]: ...
 
+    @property
+    def bytes_read(self) -> int: ...
+
     def shape(self, name: str) -> tuple[int, ...]: ...
 
+    def dtype(self, name: str) -> torch.dtype: ...
+
     def read(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor: ...
+
+    def read_rows(self, name: str, rows: Sequence[int] | Tensor) -> Tensor: ...
 
 
 class Shards:
     def __init__(self, directory: Path, device: torch.device) -> None:
-        """Opens all files: what is missing or damaged is found here, before the long read."""
-        self._device = device
-        self._files: dict[str, Any] = {}
-        for path in weight_files(directory):
-            with _damage_of(path):
-                file: Any = safe_open(path, framework="pt", device=str(device))
-                names = list(file.keys())
-            if twice := self._files.keys() & names:
-                raise CheckpointError(f"{path} holds {min(twice)} a second time")
-            self._files |= dict.fromkeys(names, file)
+        """Opens all files: what is missing or damaged is found here, before the long read.
+
+        `device` is where the tensors go; for a CUDA device some host memory is pinned.
+        """
+        self.files = [TensorFile(path) for path in weight_files(directory)]
+        self._places: dict[str, TensorFile] = {}
+        for file in self.files:
+            if twice := self._places.keys() & file.entries.keys():
+                raise CheckpointError(f"{file.path} holds {min(twice)} a second time")
+            self._places |= dict.fromkeys(file.entries, file)
+        pinned = device.type == "cuda"
+        size = PINNED if pinned else CAST
+        self._staging = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        self._lock = Lock()
 
     @property
     def names(self) -> Collection[str]:
-        return self._files.keys()
+        return self._places.keys()
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensors that were read so far, headers not counted."""
+        return sum(file.bytes_read for file in self.files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self._places[name].entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """As stored."""
+        return self._places[name].entries[name].dtype
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Straight to the device; whole numbers (packed weights) keep their type."""
-        tensor: Tensor = self._files[name].get_tensor(name)
-        return tensor.to(device, dtype if tensor.is_floating_point() else None)
+        stored = self.dtype(name)
+        wanted = dtype if stored.is_floating_point else stored
+        if device.type == "cpu" and stored == wanted:
+            return self._places[name].read(name)
+        # a processor casts on the way, a CUDA device faster by itself
+        data = self._staged(name, device, wanted if device.type == "cpu" else stored)
+        return data.to(wanted)
+
+    def read_rows(self, name: str, rows: Sequence[int] | Tensor) -> Tensor:
+        """rows [R] of a tensor [N, K] -> [R, K] on the CPU, as stored; only these are read."""
+        return self._places[name].read_rows(name, rows)
+
+    def _staged(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Through the same host memory piece by piece: no second copy of the tensor."""
+        file = self._places[name]
+        entry = file.entries[name]
+        data = torch.empty(entry.shape, dtype=dtype, device=device)
+        numbers = data.view(-1)
+        step = len(self._staging) // entry.dtype.itemsize
+        with self._lock:
+            for start in range(0, len(numbers), step):
+                piece = numbers[start : start + step]
+                staged = self._staging[: len(piece) * entry.dtype.itemsize]
+                file.read_bytes(name, staged, start * entry.dtype.itemsize)
+                piece.copy_(staged.view(entry.dtype))  # done on return: staging is used again
+        return data
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -78,11 +124,3 @@ def _weight_map(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map")
     return {str(name): str(file) for name, file in weight_map.items()}
-
-
-@contextmanager
-def _damage_of(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError) as exc:
-        raise CheckpointError(f"{path} is damaged: {exc}; fetch it again") from exc

@@ -1,7 +1,9 @@
-"""Qwen3 and Qwen2 decoders: vectors in, hidden states after the final norm out (spec: opens2s 10).
+"""Decoders of the model types qwen3, qwen2, llama and mistral: vectors in, hidden states after the
+final norm out (spec: opens2s 10).
 
-Both language models of OpenS2S are of this kind. Input is embeddings, because the LLM reads
-spliced sound and the speech LM reads projected states of the LLM.
+Both language models of OpenS2S are qwen3; the other three differ from it by head norms and biases.
+Input is embeddings, because the LLM reads spliced sound and the speech LM reads projected states
+of the LLM.
 """
 
 from collections.abc import Mapping
@@ -15,20 +17,45 @@ from omnispeech.errors import CheckpointError
 from omnispeech.layers.attention import attend
 from omnispeech.layers.kv_cache import KVCache, Layout
 from omnispeech.layers.norms import RMSNorm
-from omnispeech.layers.rotary import rotary_table, rotate
+from omnispeech.layers.rotary import RopeScaling, rotary_table, rotate
 
-# Qwen3Config and Qwen2Config of transformers 4.51: a nested config is stored as its difference
-CLASS_DEFAULTS: dict[str, Any] = {
+# Config classes of transformers 4.51 and 5: a nested config is stored as its difference to them
+COMMON_DEFAULTS: dict[str, Any] = {
     "hidden_size": 4096,
-    "intermediate_size": 22016,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 151936,
+    "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
     "tie_word_embeddings": False,
-    "attention_bias": False,
+}
+QWEN_DEFAULTS = COMMON_DEFAULTS | {
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "use_sliding_window": False,
+}
+CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen3": QWEN_DEFAULTS | {"head_dim": 128, "attention_bias": False},
+    "qwen2": QWEN_DEFAULTS,
+    "llama": COMMON_DEFAULTS
+    | {
+        "intermediate_size": 11008,
+        "num_key_value_heads": None,
+        "vocab_size": 32000,
+        "max_position_embeddings": 2048,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "mistral": COMMON_DEFAULTS
+    | {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
 }
 
 
@@ -43,20 +70,19 @@ class Qwen3Config:
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
+    rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool
     qkv_bias: bool
     output_bias: bool
-    head_norms: bool  # per-head RMSNorm of queries and keys: qwen3, not qwen2
+    head_norms: bool  # per-head RMSNorm of queries and keys: qwen3 alone
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> "Qwen3Config":
-        """A nested config of the checkpoint; absent keys mean the defaults of transformers 4.51."""
-        kind = raw.get("model_type", "qwen3")
-        if kind not in ("qwen3", "qwen2"):
-            raise CheckpointError(f"language model type {kind!r} is unknown; known: qwen3, qwen2")
-        _refuse_unsupported(raw)
-        value = {**CLASS_DEFAULTS, **raw}
+        """A config.json, or a nested one; absent keys mean the class defaults of transformers."""
+        kind, value = with_defaults(raw)
+        _refuse_unsupported(value)
         hidden, heads = value["hidden_size"], value["num_attention_heads"]
+        bias = kind in ("qwen3", "llama") and value["attention_bias"]
         return cls(
             hidden_size=hidden,
             intermediate_size=value["intermediate_size"],
@@ -67,31 +93,82 @@ class Qwen3Config:
             vocab_size=value["vocab_size"],
             rms_norm_eps=value["rms_norm_eps"],
             rope_theta=_rope_theta(raw),
+            rope_scaling=_rope_scaling(raw),
             tie_word_embeddings=value["tie_word_embeddings"],
-            qkv_bias=value["attention_bias"] or kind == "qwen2",
-            output_bias=value["attention_bias"] and kind == "qwen3",
+            qkv_bias=bias or kind == "qwen2",
+            output_bias=bias,
             head_norms=kind == "qwen3",
         )
 
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions: [T] -> cos, sin: [T, 1, head_dim] float32"""
+        return rotary_table(positions, self.head_dim, self.rope_theta, self.rope_scaling)
+
+
+def with_defaults(raw: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The model type of a config, and all its values; raises CheckpointError for other types."""
+    kind = raw.get("model_type", "qwen3")
+    if kind not in CLASS_DEFAULTS:
+        known = ", ".join(CLASS_DEFAULTS)
+        raise CheckpointError(f"language model type {kind!r} is unknown; known: {known}")
+    return kind, {**CLASS_DEFAULTS[kind], **raw, "model_type": kind}
+
+
+def _rope(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """transformers 5 writes all about it into rope_parameters, older versions into two places."""
+    return raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+
 
 def _rope_theta(raw: Mapping[str, Any]) -> float:
-    """transformers 5 writes rope_parameters.rope_theta, older versions rope_theta."""
-    parameters = raw.get("rope_parameters") or {}
-    return float(
-        parameters.get("rope_theta") or raw.get("rope_theta") or CLASS_DEFAULTS["rope_theta"]
-    )
+    places = (_rope(raw), raw.get("rope_parameters") or {}, raw, COMMON_DEFAULTS)
+    return float(next(place["rope_theta"] for place in places if place.get("rope_theta")))
 
 
-def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
-    scaling = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    for name, value, allowed in (
-        ("hidden_act", raw.get("hidden_act", "silu"), "silu"),
-        ("rope type", rope_type, "default"),
-        ("use_sliding_window", bool(raw.get("use_sliding_window", False)), False),
+def _rope_type(raw: Mapping[str, Any]) -> str:
+    return _rope(raw).get("rope_type", _rope(raw).get("type", "default"))
+
+
+def _rope_scaling(raw: Mapping[str, Any]) -> RopeScaling | None:
+    if _rope_type(raw) == "default":
+        return None
+    rope = _rope(raw)
+    try:
+        return RopeScaling(
+            factor=float(rope["factor"]),
+            low_freq_factor=float(rope["low_freq_factor"]),
+            high_freq_factor=float(rope["high_freq_factor"]),
+            original_context=int(rope["original_max_position_embeddings"]),
+        )
+    except (KeyError, TypeError, ValueError) as exc:
+        raise CheckpointError(
+            f"rope type 'llama3' with {dict(rope)!r}; it needs factor, low_freq_factor, "
+            "high_freq_factor and original_max_position_embeddings, each a number, "
+            "the high one above the low one"
+        ) from exc
+
+
+def _partial(raw: Mapping[str, Any]) -> float:
+    return _rope(raw).get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1.0
+
+
+def _refuse_unsupported(value: Mapping[str, Any]) -> None:
+    for name, found, allowed in (
+        ("hidden_act", value["hidden_act"], ["silu"]),
+        ("rope type", _rope_type(value), ["default", "llama3"]),
+        ("partial_rotary_factor", _partial(value), [1.0]),
+        ("use_sliding_window", bool(value.get("use_sliding_window")), [False]),
+        ("mlp_bias", bool(value.get("mlp_bias")), [False]),
     ):
-        if value != allowed:
-            raise CheckpointError(f"the language model has {name}={value!r}; supported: {allowed}")
+        if found not in allowed:
+            known = ", ".join(str(choice) for choice in allowed)
+            raise CheckpointError(f"the language model has {name}={found!r}; supported: {known}")
+    window, context = value.get("sliding_window"), value["max_position_embeddings"]
+    if value["model_type"] == "mistral" and window is not None and window < context:
+        raise CheckpointError(
+            f"the language model attends to the last sliding_window={window} of "
+            f"max_position_embeddings={context} positions, supported: all of them; lower "
+            f"max_position_embeddings to {window} in config.json, up to where both are the same"
+        )
 
 
 class Attention(nn.Module):
@@ -157,7 +234,7 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache, layout: Layout) -> Tensor:
         """[T, D] -> [T, D]"""
-        rotary = rotary_table(layout.positions, self.config.head_dim, self.config.rope_theta)
+        rotary = self.config.rotary(layout.positions)
         for i, block in enumerate(self.layers):
             x = block(x, rotary, cache, i, layout)
         return self.norm(x)

@@ -1,0 +1,182 @@
+"""`omnispeech-manifest.json`: which directories of a models directory are whole, and their files.
+
+A directory is entered when it is complete. Later it counts only while it is as it was entered:
+files that came in addition do no harm, one that changed or went does.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from omnispeech.checkpoint.files import replace_file
+from omnispeech.errors import CheckpointError
+from omnispeech.json_file import read_json
+
+logger = logging.getLogger(__name__)
+
+FILE_NAME = "omnispeech-manifest.json"
+FORMAT = 1
+PIECE = 1 << 24  # bytes hashed at a time
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    sha256: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestEntry:
+    made: Mapping[str, Any]  # what made it: command, settings, source
+    entered: str  # date and time in UTC, ISO 8601
+    files: Mapping[str, FileRecord]  # by path inside the directory, with forward slashes
+
+
+class Manifest:
+    def __init__(self, models_directory: Path) -> None:
+        """The file itself need not be there yet; it is read at every call."""
+        self._directory = models_directory
+        self.path = models_directory / FILE_NAME
+
+    def names(self) -> list[str]:
+        """Sorted names of the directories that were entered."""
+        return sorted(self._read())
+
+    def entry(self, name: str) -> ManifestEntry:
+        entries = self._read()
+        if name not in entries:
+            raise CheckpointError(
+                f"{self._directory / name} is not in {self.path}: it was not finished, or came "
+                f"from elsewhere; make it again, or run `omnispeech verify`"
+            )
+        return entries[name]
+
+    def enter(self, name: str, made: Mapping[str, Any]) -> ManifestEntry:
+        """Hashes every file of the directory `name` and records it, in place of an older entry.
+
+        made: how it was made, any JSON object.
+        """
+        directory = self._directory / name
+        if Path(name).name != name or name in ("", "..") or not directory.is_dir():
+            raise CheckpointError(f"{name!r} is not a directory in {self._directory}")
+        if not (records := _records(directory)):
+            raise CheckpointError(f"{directory} holds no files; there is nothing to enter")
+        entry = ManifestEntry(dict(made), _now(), records)
+        try:
+            self._put(name, entry)
+        except OSError as exc:
+            raise CheckpointError(f"{self.path} cannot be written: {exc.strerror}") from exc
+        return entry
+
+    def check(self, name: str, deep: bool = False) -> None:
+        """Raises CheckpointError, with the file, if the directory is not as it was entered.
+
+        By names, sizes and times of change; `deep` hashes every file instead, and accepts equal
+        bytes that were copied or restored at another time.
+        """
+        entry = self.entry(name)
+        directory = self._directory / name
+        for file, record in entry.files.items():
+            self._check_size(directory / file, record)
+        if not deep:
+            self._check_times(directory, entry)
+            return
+        found = {file: _record(directory / file) for file in entry.files}
+        for file, record in entry.files.items():
+            if found[file].sha256 != record.sha256:
+                raise self._changed(directory / file, "its bytes have changed")
+        if found != entry.files:
+            self._renew(name, ManifestEntry(entry.made, entry.entered, found))
+
+    def _check_size(self, path: Path, record: FileRecord) -> None:
+        if not path.is_file():
+            raise self._changed(path, "it is missing")
+        if (size := path.stat().st_size) != record.size:
+            raise self._changed(path, f"it has {size} bytes instead of {record.size}")
+
+    def _check_times(self, directory: Path, entry: ManifestEntry) -> None:
+        for file, record in entry.files.items():
+            if (directory / file).stat().st_mtime_ns != record.mtime_ns:
+                raise self._changed(directory / file, "it was written to, or copied, since")
+
+    def _changed(self, path: Path, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"{path} is not as it was entered in {self.path.name}: {reason}; run "
+            "`omnispeech verify`, which compares every byte, or make it again"
+        )
+
+    def _renew(self, name: str, entry: ManifestEntry) -> None:
+        """Models are often mounted read-only: then only the next quick check is slower."""
+        try:
+            self._put(name, entry)
+        except OSError as exc:
+            logger.warning("%s cannot be written (%s); %s is whole", self.path, exc, name)
+
+    def _put(self, name: str, entry: ManifestEntry) -> None:
+        with self._locked():
+            entries = {**self._read(), name: entry}
+            raw = {"format": FORMAT, "entries": {n: asdict(entries[n]) for n in sorted(entries)}}
+            text = json.dumps(raw, indent=1, ensure_ascii=False) + "\n"
+            replace_file(self.path, lambda path: _write(path, text))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One writer at a time, of all processes; it ends with the process, however that ends."""
+        with (self._directory / f".{FILE_NAME}.lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _read(self) -> dict[str, ManifestEntry]:
+        if not self.path.exists():
+            return {}
+        try:
+            raw = read_json(self.path)
+        except OSError as exc:
+            raise CheckpointError(f"{self.path} cannot be read: {exc.strerror}") from exc
+        if raw.get("format") != FORMAT:
+            raise CheckpointError(
+                f"{self.path} has format {raw.get('format')!r}; known: {FORMAT}; "
+                "use the version of omnispeech that wrote it"
+            )
+        try:
+            return {name: _entry(value) for name, value in raw["entries"].items()}
+        except (KeyError, TypeError, AttributeError) as exc:
+            raise CheckpointError(
+                f"{self.path} is damaged: {exc!r}; delete it and run `omnispeech verify`"
+            ) from exc
+
+
+def _entry(raw: Mapping[str, Any]) -> ManifestEntry:
+    files = {file: FileRecord(**record) for file, record in raw["files"].items()}
+    return ManifestEntry(raw["made"], raw["entered"], files)
+
+
+def _records(directory: Path) -> dict[str, FileRecord]:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): _record(path) for path in paths}
+
+
+def _record(path: Path) -> FileRecord:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        status = os.fstat(file.fileno())  # of before: what is written meanwhile will be noticed
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    return FileRecord(digest.hexdigest(), status.st_size, status.st_mtime_ns)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
