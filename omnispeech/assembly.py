@@ -2,20 +2,23 @@
 
 import logging
 import re
+import time
 from pathlib import Path
 
 import torch
 
 from omnispeech.audio.features import MelConfig
 from omnispeech.checkpoint.decoder import load_decoder
+from omnispeech.checkpoint.files import held_bytes
+from omnispeech.checkpoint.models_directory import Sources, choose_sources
 from omnispeech.checkpoint.opens2s import LoadedOpenS2S, load_opens2s
 from omnispeech.engine.runner import LanguageModels, Models
 from omnispeech.errors import CheckpointError, ConfigError
+from omnispeech.models.speech_decoder import SpeechDecoder
 from omnispeech.prompt import PromptBuilder, UnitVocabulary
 
 logger = logging.getLogger(__name__)
 
-OPENS2S, DECODER = "OpenS2S", "glm-4-voice-decoder"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -43,34 +46,56 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def check_models(directory: Path) -> None:
-    """Fails at the door, before anything is started."""
-    if directory.name in (OPENS2S, DECODER) and (directory.parent / OPENS2S).is_dir():
-        raise CheckpointError(f"{directory} is one level too deep; use --models {directory.parent}")
-    for name in (OPENS2S, DECODER):
-        if not (directory / name).is_dir():
-            raise CheckpointError(
-                f"{directory / name} is missing; point --models or OMNISPEECH_MODELS at a models "
-                f"directory, or make a small random one with: omnispeech tiny {directory}"
-            )
-
-
 def load_models(
     directory: Path, device: torch.device, dtype: torch.dtype, *, compatible: bool = False
 ) -> Models:
-    """Everything under `directory`; the speech decoder is float32 whatever `dtype` is."""
-    check_models(directory)
-    path = directory / OPENS2S
-    loaded = load_opens2s(path, device, dtype)
-    decoder = load_decoder(directory / DECODER, device)
-    language = language_models(path, loaded, compatible=compatible)
+    """Everything under `directory`, with the best LLM there."""
+    return load_sources(choose_sources(directory), device, dtype, compatible=compatible)
+
+
+def load_sources(
+    sources: Sources,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    kernel: str = "auto",
+    compatible: bool = False,
+) -> Models:
+    """The speech decoder is float32 whatever `dtype` is. kernel: of quantized linears."""
+    began = time.perf_counter()
+    base = sources.base
+    loaded = load_opens2s(
+        base, device, dtype, llm=sources.llm, speech_lm=sources.speech_lm, kernel=kernel
+    )
+    decoder = _load_decoder(sources.decoder, device)
+    language = language_models(base, loaded, compatible=compatible)
     if language.units.count > decoder.flow.config.vocab_size:
         raise CheckpointError(
-            f"{path} speaks {language.units.count} units, {directory / DECODER} knows "
+            f"{base} speaks {language.units.count} units, {sources.decoder} knows "
             f"{decoder.flow.config.vocab_size}; they do not belong together"
         )
-    logger.info("%s on %s in %s, %s in torch.float32", path, device, dtype, directory / DECODER)
-    return Models(language, decoder)
+    models = Models(language, decoder)
+    _tell_total(models, device, dtype, time.perf_counter() - began)
+    return models
+
+
+def _load_decoder(path: Path, device: torch.device) -> SpeechDecoder:
+    began = time.perf_counter()
+    decoder = load_decoder(path, device)
+    size = (held_bytes(decoder.flow) + held_bytes(decoder.hift)) / 1e9
+    logger.info("speech decoder loaded (%.2f GB, %.1f s)", size, time.perf_counter() - began)
+    return decoder
+
+
+def _tell_total(models: Models, device: torch.device, dtype: torch.dtype, seconds: float) -> None:
+    """Measured, on a GPU by its allocator, which knows of more than the weights."""
+    if device.type == "cuda":
+        what, size = "VRAM", torch.cuda.memory_allocated(device)
+    else:
+        modules = (models.language.lm, models.decoder.flow, models.decoder.hift)
+        what, size = "memory of the weights", sum(map(held_bytes, modules))
+    name = str(dtype).removeprefix("torch.")
+    logger.info("Total %s: %.2f GB, on %s in %s (%.1f s)", what, size / 1e9, device, name, seconds)
 
 
 def language_models(

@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_chat(commands.add_parser("chat", help="talk with a server in the terminal"))
     _add_tiny(commands.add_parser("tiny", help="write small random checkpoints"))
     _add_parity(commands.add_parser("parity", help="compare with golden numbers of the originals"))
+    _add_verify(commands.add_parser("verify", help="check quantized models against the manifest"))
     return _run(parser, arguments)
 
 
@@ -95,11 +96,14 @@ def serve(args: argparse.Namespace) -> int:
     place = build(PlaceConfig)
     directory = Path(place.models)
 
-    from omnispeech.assembly import check_models, choose_device, choose_dtype, load_models
+    from omnispeech.assembly import choose_device, choose_dtype, load_sources
+    from omnispeech.checkpoint.models_directory import choose_sources
+    from omnispeech.layers.linear import known_kernel
 
-    check_models(directory)
+    sources = choose_sources(directory, place.llm, place.speech_lm)
     device = choose_device(place.device)
     dtype = choose_dtype(place.dtype, device)
+    kernel = known_kernel(place.kernel)
 
     from omnispeech.server.http import HTTPServer, listen
 
@@ -107,7 +111,9 @@ def serve(args: argparse.Namespace) -> int:
         from omnispeech.engine.worker import Worker
         from omnispeech.server.app import create_app
 
-        load = partial(load_models, directory, device, dtype, compatible=engine.compatible)
+        load = partial(
+            load_sources, sources, device, dtype, kernel=kernel, compatible=engine.compatible
+        )
         worker = Worker(load, engine, decoder)
         http = HTTPServer(create_app(worker, server), server)
         worker.start(on_failure=http.stop)
@@ -196,3 +202,23 @@ def _parity(args: argparse.Namespace) -> int:
     from omnispeech.parity.report import print_report
 
     return print_report(compare(args.directory))
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_verify)
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="directories; default: all that are known"
+    )
+    parser.add_argument("--models", metavar="DIR", help="default: OMNISPEECH_MODELS, or /models")
+    parser.add_argument("--deep", action="store_true", help="compare every byte")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from omnispeech.checkpoint.models_directory import verify
+
+    place = build_config(PlaceConfig, {"models": args.models}, {})
+    status = 0
+    for name, problem in verify(Path(place.models), args.names, deep=args.deep):
+        sys.stdout.write(f"{name}: {problem or 'whole'}\n")
+        status = 1 if problem else status
+    return status

@@ -32,6 +32,11 @@ class PlaceConfig:
     models: str = setting("/models", "models directory")
     device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     dtype: str = setting("auto", "auto, bf16, fp16 or fp32")
+    llm: Literal["auto", "bf16", "awq", "gptq", "8bit"] = setting(
+        "auto", "which LLM of the models directory; auto: the first there of awq, gptq, 8bit, bf16"
+    )
+    speech_lm: Literal["bf16", "awq"] = setting("bf16", "bf16: as in the checkpoint of the LLM")
+    kernel: str = setting("auto", "of quantized linears: auto, reference, torch, ...")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import soundfile
+from quantized_models import quantize_language_model, quantize_opens2s
 
 from omnispeech import __version__
 from omnispeech.cli import main, worker
@@ -112,6 +113,45 @@ def test_a_seed_gives_the_same_reply_again(server: Server) -> None:
     assert texts[0] == texts[1] != ""
 
 
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models directory of which two are quantized."""
+    directory = tmp_path_factory.mktemp("quantized")
+    assert main(["tiny", str(directory), "--seed", "3"]) == 0
+    quantize_language_model(directory / "OpenS2S", directory / "OpenS2S-llm-awq")
+    quantize_opens2s(directory / "OpenS2S", directory / "OpenS2S-8bit")
+    assert main(["verify", "--models", str(directory)]) == 0
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("llm", "lines"),
+    [
+        (
+            "awq",
+            ["Loading AWQ-quantized LLM from MODELS/OpenS2S-llm-awq...", "AWQ-quantized LLM l"],
+        ),
+        (
+            "8bit",
+            ["Using pre-quantized model: MODELS/OpenS2S-8bit", "INT8-quantized model loaded (8"],
+        ),
+    ],
+)
+def test_a_spoken_question_is_answered_by_a_quantized_model(
+    quantized: Path, llm: str, lines: list[str], tmp_path: Path
+) -> None:
+    one = Server("--models", str(quantized), "--port", "0", "--device", "cpu", "--llm", llm)
+    try:
+        reply = tmp_path / "reply.wav"
+        assert main(["say", str(QUESTION), "-o", str(reply), "--server", one.until_ready()]) == 0
+        assert abs(soundfile.read(reply)[0]).max() > 0.01
+    finally:
+        one.close()
+    shown = "".join(one.lines)
+    assert all(line.replace("MODELS", str(quantized)) in shown for line in lines)
+    assert re.search(r"Total memory of the weights: \d+\.\d\d GB", shown)
+
+
 def test_sigterm_ends_the_server_cleanly(models: Path) -> None:
     one = Server("--models", str(models), "--port", "0", "--device", "cpu")
     one.until_ready()
@@ -140,6 +180,8 @@ def test_damaged_models_end_the_server_with_the_reason(models: Path, tmp_path: P
         (["--models", "MODELS/OpenS2S"], "one level too deep; use --models MODELS"),
         (["--models", "MODELS", "--host", "no.such.host.invalid"], "cannot listen on no.such.host"),
         (["--models", "MODELS", "--host", "a..b"], "cannot listen on a..b:8000"),
+        (["--models", "MODELS", "--llm", "awq"], "python quantize_llm_awq.py"),
+        (["--models", "MODELS", "--kernel", "marlin"], "comes with the package gptqmodel"),
         (["--config", "/no/such/file.toml"], "does not exist"),
         (["--config", "/"], "cannot be read"),
     ],
@@ -156,7 +198,7 @@ def test_a_wrong_setting_is_one_clear_line(
 def test_a_port_in_use_is_one_clear_line_before_anything_is_loaded(
     models: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("omnispeech.assembly.load_models", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("omnispeech.assembly.load_sources", lambda *_, **__: pytest.fail("loaded"))
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         status = worker(["--models", str(models), "--port", str(port), "--device", "cpu"])
@@ -210,11 +252,14 @@ def test_help_of_the_worker_shows_every_setting(capsys: pytest.CaptureFixture[st
         worker(["--help"])
     shown = capsys.readouterr().out
     assert all(flag in shown for flag in ("--host", "--port", "--models", "--device", "--dtype"))
+    assert all(
+        flag in shown for flag in ("--llm {auto,bf16,awq,gptq,8bit}", "--speech-lm", "--kernel")
+    )
     assert "--max-conversations" in shown
     assert all(f"\n{title}:\n" in shown for title in ("engine", "speech decoder", "server"))
 
 
-@pytest.mark.parametrize("command", ["say", "chat", "tiny"])
+@pytest.mark.parametrize("command", ["say", "chat", "tiny", "verify"])
 def test_every_option_has_a_help_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

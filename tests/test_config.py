@@ -129,6 +129,14 @@ def test_config_file_may_name_models_device_and_dtype(tmp_path: Path) -> None:
     assert read_config_file(file) == {"models": "/m", "device": "cpu", "dtype": "fp32"}
 
 
+def test_which_llm_is_loaded_may_come_from_the_environment_and_is_one_of_those_known() -> None:
+    place = build_config(PlaceConfig, {}, {}, {"OMNISPEECH_LLM": "awq", "OMNISPEECH_KERNEL": "x"})
+    assert (place.llm, place.speech_lm, place.kernel) == ("awq", "bf16", "x")
+    assert build_config(PlaceConfig, {}, {}, {}).llm == "auto"
+    with pytest.raises(ConfigError, match="OMNISPEECH_LLM='int4'; allowed: auto, bf16, awq"):
+        build_config(PlaceConfig, {}, {}, {"OMNISPEECH_LLM": "int4"})
+
+
 def test_an_empty_environment_variable_counts_as_not_set() -> None:
     assert build_config(PlaceConfig, {}, {}, {"OMNISPEECH_MODELS": ""}).models == "/models"
 

@@ -3,18 +3,22 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from golden_models import Caller, golden_models, question
+from quantized_models import quantize_opens2s
 from torch import Tensor, nn
 
+from omnispeech.checkpoint.opens2s import load_opens2s
 from omnispeech.config import DecoderConfig, EngineConfig
 from omnispeech.engine.conversations import Conversations
 from omnispeech.engine.runner import Models
 from omnispeech.models.speech_decoder import SpeechDecoder
 
+OPENS2S = Path(__file__).parent / "golden" / "opens2s" / "opens2s-tiny"
 META = torch.device("meta")
 
 
@@ -22,13 +26,23 @@ def elsewhere(module: nn.Module, dtype: torch.dtype) -> Any:
     return copy.deepcopy(module).to(META).to(dtype)
 
 
-@pytest.fixture
-def engine(monkeypatch: pytest.MonkeyPatch) -> Conversations:
+def eight_bit(directory: Path) -> nn.Module:
+    """The golden model with quantized linears; the reference is what runs on any device."""
+    quantize_opens2s(OPENS2S, directory)
+    return load_opens2s(directory, torch.device("cpu"), torch.bfloat16, kernel="reference").model
+
+
+@pytest.fixture(params=["plain", "quantized"])
+def engine(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Conversations:
     """The language models in bf16, the decoder in fp32, as on a GPU."""
     models = golden_models()
     decoder = models.decoder
+    quantized = request.param == "quantized"
+    lm = eight_bit(tmp_path / "8bit") if quantized else models.language.lm
     models = Models(
-        replace(models.language, lm=elsewhere(models.language.lm, torch.bfloat16)),
+        replace(models.language, lm=elsewhere(lm, torch.bfloat16)),
         SpeechDecoder(
             elsewhere(decoder.flow, torch.float32), elsewhere(decoder.hift, torch.float32)
         ),

@@ -1,5 +1,7 @@
 """Loads an OpenS2S checkpoint directory: everything in it fits exactly, or an error says what."""
 
+import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,13 +9,18 @@ from typing import Any, cast
 
 import torch
 
-from omnispeech.checkpoint.files import assign_weights, build_on_meta, check_weights
-from omnispeech.checkpoint.lora import MergedLora, has_lora
-from omnispeech.checkpoint.shards import Shards, TensorFiles
+from omnispeech.checkpoint.files import build_on_meta, held_bytes
+from omnispeech.checkpoint.lora import merged
+from omnispeech.checkpoint.quantized import kernels_of, plan_causal_lm, read_quantization
+from omnispeech.checkpoint.shards import Shards
+from omnispeech.checkpoint.weight_plan import Target, WeightPlan
 from omnispeech.errors import CheckpointError
 from omnispeech.json_file import read_json
 from omnispeech.models.omnispeech import OmniSpeech, OmniSpeechConfig
 from omnispeech.models.qwen3 import Qwen3Config
+from omnispeech.models.speech_lm import SpeechLM
+
+logger = logging.getLogger(__name__)
 
 NEEDED = (
     "config.json",
@@ -22,6 +29,7 @@ NEEDED = (
     "audio/preprocessor_config.json",
     "tts/tokenizer.json",
 )
+LANGUAGE_MODELS = ("llm_model", "tts_lm_model")
 UNIT_LIMIT = 512  # of one reply where the checkpoint sets none: about 41 s of speech
 
 
@@ -42,8 +50,21 @@ class LoadedOpenS2S:
     speech_generation: GenerationDefaults
 
 
-def load_opens2s(directory: Path, device: torch.device, dtype: torch.dtype) -> LoadedOpenS2S:
-    """The whole model on `device`, its floating point weights cast to `dtype`."""
+def load_opens2s(
+    directory: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    llm: Path | None = None,
+    speech_lm: Path | None = None,
+    kernel: str = "auto",
+) -> LoadedOpenS2S:
+    """The whole model on `device`, its floating point weights cast to `dtype`.
+
+    llm, speech_lm: directories of language models that take the place of those in `directory`, of
+        which then no byte is read. Tokenizers and settings are still those of `directory`.
+    kernel: of quantized linears, see `layers/linear.py`.
+    """
     _check_files(directory)
     raw = read_json(directory / "config.json")
     config = OmniSpeechConfig.from_dict(raw)
@@ -55,12 +76,37 @@ def load_opens2s(directory: Path, device: torch.device, dtype: torch.dtype) -> L
     )
     _check_end_ids(directory / "generation_config.json", text, config.llm)
     _check_end_ids(directory / "tts/generation_config.json", speech, config.tts_lm)
+    others = zip(LANGUAGE_MODELS, (llm, speech_lm), strict=True)
+    plans = plan_opens2s(directory, device, {name: path for name, path in others if path})
+    for plan in plans:
+        _load(plan, Target(device, dtype, kernel))
     return LoadedOpenS2S(
-        model=_load_model(directory, raw, config, device, dtype),
+        model=cast(OmniSpeech, plans[0].model),
         preprocessor=preprocessor,
         text_generation=text,
         speech_generation=speech,
     )
+
+
+def plan_opens2s(
+    directory: Path, device: torch.device, others: Mapping[str, Path] | None = None
+) -> list[WeightPlan]:
+    """All headers are compared here: a misfit is not found after reading 22 GB.
+
+    The first plan is of the whole model. others: directories of language models that take the
+    place of those in `directory`, by name in the model; each has a plan of its own.
+    """
+    _check_files(directory)
+    raw, others = read_json(directory / "config.json"), others or {}
+    config = OmniSpeechConfig.from_dict(raw)
+    model = cast(OmniSpeech, build_on_meta(lambda: OmniSpeech(config)))
+    tensors = merged(Shards(directory, device), directory, raw)
+    elsewhere = tuple(f"{name}." for name in others)
+    quantization = read_quantization(raw)
+    return [
+        WeightPlan(model, tensors, quantization, str(directory), elsewhere=elsewhere),
+        *(plan_causal_lm(path, device, getattr(model, name)) for name, path in others.items()),
+    ]
 
 
 def read_generation(
@@ -123,48 +169,17 @@ def _check_segments(preprocessor: Mapping[str, Any], config: OmniSpeechConfig) -
         )
 
 
-def _load_model(
-    directory: Path,
-    raw: Mapping[str, Any],
-    config: OmniSpeechConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> OmniSpeech:
-    model = cast(OmniSpeech, build_on_meta(lambda: OmniSpeech(config)))
-    tensors = _open(directory, raw, device)
-    tied = _tied_heads(config, tensors)
-    shapes = {name: tensors.shape(name) for name in tensors.names}
-    # The headers tell whether all fits: a misfit is not found after reading 22 GB.
-    check_weights(model, shapes | {head: shapes[e] for head, e in tied.items()}, str(directory))
-    weights = {name: tensors.read(name, device, dtype) for name in tensors.names}
-    assign_weights(model, weights | {head: weights[e] for head, e in tied.items()}, str(directory))
-    return model
-
-
-def _open(directory: Path, raw: Mapping[str, Any], device: torch.device) -> TensorFiles:
-    shards = Shards(directory, device)
-    if not has_lora(shards.names):
-        return shards
-    if not raw.get("lora_config"):
-        raise CheckpointError(
-            f"{directory} holds LoRA tensors, but its config.json has no lora_config; "
-            "r and lora_alpha are needed to merge them"
-        )
-    return MergedLora(shards, raw["lora_config"])
-
-
-def _tied_heads(config: OmniSpeechConfig, tensors: TensorFiles) -> dict[str, str]:
-    """Heads to take from the embedding: {head: embedding}.
-
-    Only where no head is stored. The original uses a stored head whatever the flag says.
-    """
-    pairs = {
-        f"{lm}.lm_head.weight": f"{lm}.model.embed_tokens.weight"
-        for lm, settings in (("llm_model", config.llm), ("tts_lm_model", config.tts_lm))
-        if settings.tie_word_embeddings
-    }
-    return {
-        head: embedding
-        for head, embedding in pairs.items()
-        if head not in tensors.names and embedding in tensors.names
-    }
+def _load(plan: WeightPlan, target: Target) -> None:
+    """With the lines that the guides look for in the log."""
+    kind = {OmniSpeech: "model", SpeechLM: "speech LM"}.get(type(plan.model), "LLM")
+    bits = ""
+    if plan.quantization:
+        kind = f"{plan.quantization.method.upper()}-quantized {kind}"
+        bits = f"{plan.quantization.scheme.bits}-bit, "
+    logger.info("Loading %s from %s...", kind, plan.source)
+    began = time.perf_counter()
+    plan.load(target)
+    seconds, size = time.perf_counter() - began, held_bytes(plan.model) / 1e9
+    logger.info("%s loaded (%s%.2f GB, %.1f s)", kind, bits, size, seconds)
+    if kernels := kernels_of(plan.model):
+        logger.info("kernels of its quantized linears: %s", kernels)
