@@ -255,8 +255,8 @@ def _read_template(path: Path, tokenizer: Tokenizer) -> Render:
     config = read_json(path / "tokenizer_config.json")
     chat = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
-        chat_template=_template_text(path, config),
-        **_special_token_names(config),
+        chat_template=template_text(path, config),
+        **special_token_names(config),
     )
 
     def render(turns: list[dict[str, str]]) -> str:
@@ -272,7 +272,7 @@ def _read_template(path: Path, tokenizer: Tokenizer) -> Render:
     return render
 
 
-def _template_text(path: Path, config: dict[str, Any]) -> str:
+def template_text(path: Path, config: dict[str, Any]) -> str:
     """transformers 5 writes a file of its own; older versions write into the configuration."""
     jinja, legacy = path / "chat_template.jinja", path / "chat_template.json"
     if jinja.is_file():
@@ -287,7 +287,7 @@ def _template_text(path: Path, config: dict[str, Any]) -> str:
     return template
 
 
-def _special_token_names(config: dict[str, Any]) -> dict[str, str]:
+def special_token_names(config: dict[str, Any]) -> dict[str, str]:
     """Those a template may ask for."""
     stored = {name: config.get(f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
     names = {n: t["content"] if isinstance(t, dict) else t for n, t in stored.items()}
