@@ -8,6 +8,7 @@ from torch import Tensor
 
 from omnispeech.layers.packing import QuantizedWeight
 from omnispeech.models.qwen3 import Block
+from omnispeech.quantization.salient import SalientColumns
 from omnispeech.quantization.stream import Stream
 
 
@@ -27,6 +28,7 @@ class LayerResult:
     weights: Mapping[str, QuantizedWeight]  # of linears that were quantized
     plain: Mapping[str, Tensor]  # every other tensor of the layer, as it is to be stored
     linears: Mapping[str, LinearReport]
+    salient: Mapping[str, SalientColumns] = field(default_factory=dict)  # of linears, if asked for
 
 
 class Method(Protocol):

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from omnispeech.layers.kv_cache import KVCache, Layout
-from omnispeech.layers.rotary import rotary_table
 from omnispeech.models.qwen3 import Block, Qwen3Config
 
 
@@ -90,7 +89,7 @@ class Stream:
         return Batch(
             x=torch.cat([self.states[i] for i in indices]).to(self.device, torch.float32),
             counted=torch.cat([self.counted[i] for i in indices]).to(self.device),
-            rotary=rotary_table(layout.positions, c.head_dim, c.rope_theta),
+            rotary=c.rotary(layout.positions),
             cache=cache,
             layout=layout,
         )

@@ -1,0 +1,74 @@
+"""What one quantization run works on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnispeech.checkpoint.language import LanguageFiles
+from omnispeech.quantization.calibration import Calibration
+from omnispeech.quantization.method import Method
+from omnispeech.quantization.plan import Conversion, stream_dtype
+from omnispeech.quantization.run_settings import RunSettings
+from omnispeech.quantization.settings import MethodSettings
+from omnispeech.quantization.state import Streams
+from omnispeech.quantization.stream import Stream
+
+Build = Callable[[MethodSettings], Method]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Job:
+    source: LanguageFiles
+    calibration: Calibration
+    method: MethodSettings
+    settings: RunSettings
+    conversion: Conversion
+    output: Path
+    build: Build
+    signature: Mapping[str, Any]
+
+    @property
+    def layers(self) -> int:
+        return self.source.config.num_hidden_layers
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.settings.device)
+
+    def first_streams(self) -> Streams:
+        """In front of the first layer: the float and the quantized model read the same."""
+        dtype = stream_dtype(self.source)
+        states = [sample.vectors.to("cpu", dtype) for sample in self.calibration.samples]
+        return Streams(
+            done=0,
+            batch_tokens=self.settings.batch_tokens,
+            counted=[sample.counted for sample in self.calibration.samples],
+            floats=states,
+            quantized=states,
+        )
+
+    def stream(self, streams: Streams, states: Sequence[Tensor]) -> Stream:
+        return Stream(
+            self.source.config,
+            states,
+            streams.counted,
+            device=self.device,
+            batch_tokens=streams.batch_tokens,
+        )
+
+
+def run_signature(
+    source: LanguageFiles, calibration: Calibration, method: MethodSettings, conversion: Conversion
+) -> dict[str, Any]:
+    """What decides the result; sizes of micro-batches and of shards may change on the way."""
+    return {
+        "source": source.fingerprint(),
+        "calibration": calibration.digest,
+        "method": asdict(method),
+        "layout": conversion.scheme.layout,
+        "kept": list(conversion.kept),
+    }
