@@ -31,7 +31,9 @@ MAY_IMPORT = {
     "microphone": BASE | {"audio"},
     "client": BASE | {"audio", "microphone"},
     "assembly": ANYTHING,
+    "speech_calibration": ANYTHING,
     "parity": ANYTHING,
+    "quantize_cli": ANYTHING,
     "cli": ANYTHING,
 }
 TOP = {part for part, allowed in MAY_IMPORT.items() if allowed is ANYTHING}

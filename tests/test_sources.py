@@ -9,6 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PYTHON = sorted([*ROOT.glob("*.py"), *(ROOT / "omnispeech").rglob("*.py")])
+# what may stand in one file: code of others is off, a token is named and never held
+ALLOWED = {
+    "autoawq.py": r"trust_remote_code=False|awq\.AutoAWQForCausalLM\.from_pretrained\(",
+    "push.py": r"HF_TOKEN",
+}
 SCRIPTS = [*sorted(ROOT.glob("*.sh")), ROOT / ".ci/run"]
 
 
@@ -33,6 +38,8 @@ def test_e1_a_pickle_is_only_ever_read_as_weights(path: Path) -> None:
 @pytest.mark.parametrize("path", [*PYTHON, *SCRIPTS], ids=lambda p: str(p.relative_to(ROOT)))
 def test_e3_no_remote_code_no_download_no_shared_tmp_no_access_token(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
+    if path.name in ALLOWED:
+        text = re.sub(ALLOWED[path.name], "", text)
     for wrong in (
         r"trust_remote_code",
         r"\.from_pretrained\(|snapshot_download|hf_hub_download|huggingface-cli",

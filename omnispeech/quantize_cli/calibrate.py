@@ -1,0 +1,87 @@
+"""The calibration of a run: what the user named, else what ships with the project."""
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from omnispeech.assembly import choose_dtype, load_models
+from omnispeech.checkpoint.language import LanguageFiles
+from omnispeech.errors import ConfigError
+from omnispeech.quantization.calibration import Calibration, text_calibration
+from omnispeech.quantization.calibration_items import Conversation, Item, read_items, shipped_items
+from omnispeech.quantization.calibration_sets import dataset_items
+from omnispeech.quantization.calibration_tokens import TextTokens
+from omnispeech.quantize_cli.choices import Calibrate
+from omnispeech.speech_calibration import speech_calibration, speech_lm_calibration
+
+
+def items_of(choice: Calibrate) -> list[Item]:
+    """Raises ConfigError for what cannot be read, and for data sets that are not found."""
+    items = [item for path in (*choice.paths, *choice.texts) for item in read_items(path)]
+    if choice.mixture:
+        items += dataset_items(choice.mixture, splits=choice.splits)
+    return (items or shipped_items())[: choice.max_samples]
+
+
+def of_text_model(source: LanguageFiles, choice: Calibrate) -> Calibration:
+    """As a text model reads it; of sound, the transcript."""
+    return text_calibration(
+        source, items_of(choice), seq_len=choice.seq_len, max_tokens=choice.max_tokens
+    )
+
+
+def of_llm(source: LanguageFiles, choice: Calibrate, device: torch.device) -> Calibration:
+    """As the LLM of an OpenS2S directory reads it: with sound, unless text alone was asked for."""
+    if choice.texts:
+        return of_text_model(source, choice)
+    return speech_calibration(
+        source.directory,
+        source,
+        items_of(choice),
+        seq_len=choice.seq_len,
+        max_tokens=choice.max_tokens,
+        device=device,
+        dtype=choose_dtype("auto", device),
+    )
+
+
+def of_speech_lm(models: Path, choice: Calibrate, device: torch.device) -> Calibration:
+    """What the speech LM reads while the models answer; they are all loaded for that."""
+    if choice.texts:
+        raise ConfigError("the speech LM reads no text; calibrate it with --calib, or the default")
+    return speech_lm_calibration(
+        load_models(models, device, choose_dtype("auto", device)),
+        items_of(choice),
+        seq_len=choice.seq_len,
+        max_tokens=choice.max_tokens,
+    )
+
+
+def token_samples(source: LanguageFiles, choice: Calibrate) -> list[list[int]]:
+    """Token ids, none longer than `seq_len`, for an engine that reads nothing else."""
+    tokens = TextTokens(source.directory)
+    read = (_ids(tokens, item) for item in items_of(choice))
+    ids = [
+        text[i : i + choice.seq_len] for text in read for i in range(0, len(text), choice.seq_len)
+    ]
+    samples = list(_up_to(ids, choice.max_tokens))
+    if not samples:
+        raise ConfigError("the calibration data has no tokens; give texts that are not empty")
+    return samples
+
+
+def _ids(tokens: TextTokens, item: Item) -> list[int]:
+    if isinstance(item, Conversation):
+        return tokens.of_conversation(item)
+    return tokens.of_text(item.text)
+
+
+def _up_to(samples: Iterable[list[int]], room: int) -> Iterable[list[int]]:
+    for sample in samples:
+        taken = list(islice(sample, room))
+        if not taken:
+            return
+        room -= len(taken)
+        yield taken

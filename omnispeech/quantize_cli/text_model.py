@@ -1,0 +1,35 @@
+"""`quantize.py`: a Hugging Face text model, the result inside its directory."""
+
+from pathlib import Path
+
+from omnispeech.checkpoint.language import LanguageFiles
+from omnispeech.quantize_cli.calibrate import of_text_model
+from omnispeech.quantize_cli.choices import Choices
+from omnispeech.quantize_cli.runs import gb, method_name, push, quantize_model, say, weights_size
+
+
+def quantize_text_model(directory: Path, output: Path | None, chosen: Choices) -> None:
+    """output: None for `<directory>/AWQ-4bit` and the like."""
+    output = output or directory / default_name(chosen)
+    source = LanguageFiles.open(directory)
+    say(f"Quantizing {directory} to {chosen.method.bits}-bit with {method_name(chosen)}")
+    outcome = quantize_model(
+        source, lambda _: of_text_model(source, chosen.calibrate), chosen, output
+    )
+    if outcome is None:
+        return
+    before, after = weights_size(directory), weights_size(output)
+    say(
+        *outcome.lines,
+        f"Original model: {gb(before)}",
+        f"Quantized model: {gb(after)}",
+        f"Compression ratio: {before / after:.2f}x",
+        f"{'Found complete, checked again' if outcome.found else 'Saved and verified'}: {output}",
+    )
+    push(chosen, output)
+
+
+def default_name(chosen: Choices) -> str:
+    """AWQ-4bit, AWQ-4bit-MAX, GPTQ-8bit, ..."""
+    ending = "-MAX" if chosen.max_quality else ""
+    return f"{chosen.method.method.upper()}-{chosen.method.bits}bit{ending}"

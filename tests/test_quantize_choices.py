@@ -1,0 +1,91 @@
+"""What flags, the environment and --quant_config mean together, and what contradicts itself."""
+
+import pytest
+from command_models import chosen
+
+from omnispeech.errors import ConfigError
+
+
+def test_the_defaults_are_those_of_the_guides() -> None:
+    c = chosen()
+    assert (c.method.method, c.method.bits, c.method.group_size) == ("awq", 4, 128)
+    assert (c.method.passes, c.method.search_step) == (1, 1)
+    assert c.calibrate.seq_len == 2048 and c.run.batch_tokens == 2048
+    g = chosen("--gptq")
+    assert (g.method.method, g.method.bits, g.method.group_size) == ("gptq", 8, 128)
+    assert not g.method.act_order and g.method.symmetric
+    assert chosen("--gptq", "--gptq_desc_act").method.act_order
+
+
+def test_max_quality_is_what_the_guide_says_and_every_flag_goes_before_it() -> None:
+    c = chosen("--max_quality")
+    assert c.run.keep_fp_layers == (0, 1, -1)
+    assert (c.method.passes, c.method.search_step) == (40, 2)
+    assert (c.calibrate.seq_len, c.calibrate.max_samples) == (16_384, 20_000)
+    assert c.method.act_order and not c.method.symmetric and c.method.dump_salient
+    assert c.device == "auto"
+    assert chosen("--max_quality", "--iter", "5").method.passes == 5
+
+
+def test_seq_len_comes_from_the_environment_unless_it_is_given() -> None:
+    assert chosen(SEQ_LEN="512").calibrate.seq_len == 512
+    assert chosen("--seq_len", "256", SEQ_LEN="512").calibrate.seq_len == 256
+    assert chosen("--max_calib_seq_len", "128").calibrate.seq_len == 128
+    assert chosen("--max_quality", SEQ_LEN="1024").calibrate.seq_len == 1024
+    with pytest.raises(ConfigError, match="SEQ_LEN='long'"):
+        chosen(SEQ_LEN="long")
+
+
+def test_a_switch_of_the_environment_gives_way_to_the_flag() -> None:
+    assert chosen(FORCE_CPU="true").device == "cpu"
+    assert chosen("--no-force-cpu", FORCE_CPU="true").device == "auto"
+    with pytest.raises(ConfigError, match="FORCE_CPU='maybe'"):
+        chosen(FORCE_CPU="maybe")
+
+
+def test_the_number_of_samples_is_shared_among_the_sets() -> None:
+    c = chosen("--dataset", "c4,book:7,stack", "--calib-size", "30", "--calib-split", "validation")
+    assert c.calibrate.mixture == "c4:10,book:7,stack:10"
+    assert c.calibrate.splits == ("valid",)
+    assert chosen("--gptq", "--gptq_dataset", "c4").calibrate.mixture == "c4"
+    assert chosen("--calib_data", "pileval").calibrate.mixture == "pileval"
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--version", "marlin"], "arranges weights when it loads"),
+        (["--version", "exllama"], "write GEMM"),
+        (["--version", "ipex"], "write GEMM"),
+        (["--version", "gguf"], "GEMM, GEMV, gemv_fast"),
+        (["--rounding", "rtn", "--desc-act"], "--desc-act has no effect"),
+        (["--bits", "3"], "allowed: 4, 8"),
+        (["--bits", "8", "--strict-format"], "no server reads 8-bit AWQ"),
+        (["--gptq_desc_act"], "add --gptq"),
+        (["--gptq", "--version", "gemv"], "GPTQ has one layout"),
+        (["--gptq", "--zero-point"], "symmetric"),
+        (["--gptq", "--quant_config", '{"sym": false}'], "sym is false"),
+        (["--quant_config", "{"], "not valid JSON"),
+        (["--quant_config", "[]"], "allowed: one JSON object"),
+        (["--quant_config", '{"w_bit": "4"}'], "w_bit is '4'; allowed: int"),
+        (["--quant_config", '{"bits": 4, "w_bit": 8}'], "give it once"),
+        (["--quant_config", '{"zero_point": true}', "--no-zero-point"], "give it once"),
+        (["--seq_len", "32"], "64 or more"),
+        (["--calib-size", "0"], "1 or more"),
+        (["--batch_size", "0"], "1 or more"),
+        (["--duo_scaling", "perhaps"], "on, off, both"),
+        (["--compatible", "--max_quality"], "fixed grid"),
+        (["--engine", "autoawq", "--gptq"], "AutoAWQ has nothing like --gptq"),
+        (["--engine", "autoawq", "--keep-fp-layers", "0"], "--engine native"),
+        (["--force_cpu", "--device", "cuda"], "hides every GPU"),
+        (["--dataset", "nowhere", "--calib-text", "x"], "text alone"),
+        (["--dump-salient", "nowhere/outlier.json"], "nowhere is not a directory"),
+        (["--engine", "autoawq", "--no-zero-point"], "can be loaded"),
+    ],
+)
+def test_what_has_no_sound_meaning_is_refused_with_the_reason(
+    flags: list[str], reason: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        chosen(*flags)
+    assert reason in str(error.value)
