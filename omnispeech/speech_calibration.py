@@ -15,6 +15,9 @@ from torch import Tensor
 
 from omnispeech.audio.features import MelConfig, log_mel
 from omnispeech.audio.resample import Samples
+from omnispeech.calibration.items import Conversation, Item, Sound, Turn
+from omnispeech.calibration.samples import Calibration, Collector
+from omnispeech.calibration.tokens import TextTokens
 from omnispeech.checkpoint.files import assign_weights, build_on_meta
 from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.checkpoint.shards import Shards
@@ -29,9 +32,6 @@ from omnispeech.json_file import read_json
 from omnispeech.models.omnispeech import OmniSpeech, OmniSpeechConfig
 from omnispeech.models.speech_lm import SpeechLM
 from omnispeech.prompt import AUDIO, AUDIO_SLOT, PromptBuilder, PromptMessage
-from omnispeech.quantization.calibration import Calibration, Collector
-from omnispeech.quantization.calibration_items import Conversation, Item, Sound, Turn
-from omnispeech.quantization.calibration_tokens import TextTokens
 
 logger = logging.getLogger(__name__)
 

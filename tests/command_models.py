@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from omnispeech.checkpoint.language import LanguageFiles
-from omnispeech.quantization.autoawq import extract
+from omnispeech.quantization.autoawq_engine import extract
 from omnispeech.quantize_cli import commands
 from omnispeech.quantize_cli.choices import Choices, choices
 from omnispeech.quantize_cli.flags import add_calibration, add_method, add_quality, add_run

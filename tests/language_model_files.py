@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from omnispeech.calibration.samples import Calibration, Sample
 from omnispeech.checkpoint.files import build_on_meta
 from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.layers.packing import QuantizedWeight
 from omnispeech.models.qwen3 import Block, CausalLM, Qwen3Config
-from omnispeech.quantization.calibration import Calibration, Sample
 from omnispeech.quantization.method import LayerResult, LinearReport
+from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.selection import LINEARS
-from omnispeech.quantization.settings import MethodSettings
 from omnispeech.quantization.stream import Stream
 from omnispeech.tiny.weights import random_weights
 

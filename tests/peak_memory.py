@@ -23,11 +23,11 @@ from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.checkpoint.tensor_file import Layout, write_tensor_file
 from omnispeech.models.qwen3 import CausalLM, Qwen3Config
 from omnispeech.quantization.memory import resident_memory
+from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.pipeline import run
 from omnispeech.quantization.plan import make_plan, work_of
 from omnispeech.quantization.progress import Progress
 from omnispeech.quantization.run_settings import RunSettings
-from omnispeech.quantization.settings import MethodSettings
 from omnispeech.tiny.weights import random_tensor
 
 PIECE = (1 << 20, 16)  # shape of the tensors that fill the file: 32 MiB

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from language_model_files import METHOD, Rounding, calibration
 
+from omnispeech.calibration.samples import Calibration
 from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.models.qwen3 import Block
-from omnispeech.quantization.calibration import Calibration
 from omnispeech.quantization.method import LayerResult
+from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.pipeline import run
 from omnispeech.quantization.progress import Progress
 from omnispeech.quantization.report import JSON, LOG, Report
 from omnispeech.quantization.run_settings import RunSettings
-from omnispeech.quantization.settings import MethodSettings
 from omnispeech.quantization.stream import Stream
 
 

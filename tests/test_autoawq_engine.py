@@ -17,10 +17,10 @@ from torch import Tensor
 from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.errors import CheckpointError, ConfigError
-from omnispeech.quantization import autoawq
-from omnispeech.quantization.autoawq import AutoAWQJob, run_autoawq
+from omnispeech.quantization import autoawq_engine
+from omnispeech.quantization.autoawq_engine import AutoAWQJob, run_autoawq
+from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.run_settings import RunSettings
-from omnispeech.quantization.settings import MethodSettings
 
 GOLDEN = Path(__file__).parent / "golden" / "awq"
 FLOAT, QUANTIZED = GOLDEN / "tiny-qwen3-fp16", GOLDEN / "tiny-qwen3-awq-gemm-g64"
@@ -208,7 +208,7 @@ def test_without_autoawq_the_command_that_installs_it_is_named(
 def test_a_model_that_does_not_fit_into_memory_is_refused_before_it_is_extracted(
     awq: Recorder, job: AutoAWQJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(autoawq, "available_memory", lambda: 1_000_000)
+    monkeypatch.setattr(autoawq_engine, "available_memory", lambda: 1_000_000)
     with pytest.raises(ConfigError, match="--engine native"):
         run_autoawq(job, tmp_path / "out")
     assert not any(tmp_path.iterdir())

@@ -20,17 +20,9 @@ from torch import Tensor
 
 from omnispeech import speech_calibration as spoken
 from omnispeech.assembly import load_models
-from omnispeech.checkpoint.language import LanguageFiles
-from omnispeech.checkpoint.shards import Shards
-from omnispeech.config import DecoderConfig, EngineConfig
-from omnispeech.engine.conversations import Conversations
-from omnispeech.engine.events import Audio, Message, Text, TurnRequest
-from omnispeech.engine.runner import Models
-from omnispeech.errors import CheckpointError, ConfigError
-from omnispeech.prompt import AUDIO, AUDIO_SLOT, PromptBuilder, PromptMessage, TextStream
-from omnispeech.quantization import calibration_sets
-from omnispeech.quantization.calibration import Calibration, text_calibration
-from omnispeech.quantization.calibration_items import (
+from omnispeech.calibration import datasets
+from omnispeech.calibration.datasets import dataset_items
+from omnispeech.calibration.items import (
     SHIPPED,
     Conversation,
     Item,
@@ -40,8 +32,16 @@ from omnispeech.quantization.calibration_items import (
     read_items,
     shipped_items,
 )
-from omnispeech.quantization.calibration_sets import dataset_items
-from omnispeech.quantization.calibration_tokens import TextTokens
+from omnispeech.calibration.samples import Calibration, text_calibration
+from omnispeech.calibration.tokens import TextTokens
+from omnispeech.checkpoint.language import LanguageFiles
+from omnispeech.checkpoint.shards import Shards
+from omnispeech.config import DecoderConfig, EngineConfig
+from omnispeech.engine.conversations import Conversations
+from omnispeech.engine.events import Audio, Message, Text, TurnRequest
+from omnispeech.engine.runner import Models
+from omnispeech.errors import CheckpointError, ConfigError
+from omnispeech.prompt import AUDIO, AUDIO_SLOT, PromptBuilder, PromptMessage, TextStream
 from omnispeech.speech_calibration import speech_calibration, speech_lm_calibration
 from omnispeech.tiny.directory import write_tiny
 
@@ -508,7 +508,7 @@ def test_the_sound_of_the_set_is_written_the_same_again() -> None:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     files = DirFileSystem(path=str(tmp_path / "hub"), fs=LocalFileSystem())
-    monkeypatch.setattr(calibration_sets, "_hub", lambda: files)
+    monkeypatch.setattr(datasets, "_hub", lambda: files)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     return tmp_path / "hub"
 
@@ -558,7 +558,7 @@ def test_a_hub_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) -
     def hub() -> None:
         raise NoConnection("name or service not known\nmore advice")
 
-    monkeypatch.setattr(calibration_sets, "_hub", hub)
+    monkeypatch.setattr(datasets, "_hub", hub)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with pytest.raises(ConfigError, match=r"not found: c4 \(name or service not known\); allowed"):
         dataset_items("c4")

@@ -4,17 +4,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from omnispeech.quantization import refine as refinement
-from omnispeech.quantization.gptq import (
+from omnispeech.quantization.methods import refine as refinement
+from omnispeech.quantization.methods.gptq import (
     Factor,
     compensate,
     compensate_in_turn,
     factorize,
     groups_in_order,
 )
-from omnispeech.quantization.grid import SMALLEST_SCALE, Rule
-from omnispeech.quantization.refine import refine
-from omnispeech.quantization.statistics import output_energy
+from omnispeech.quantization.methods.grid import SMALLEST_SCALE, Rule
+from omnispeech.quantization.methods.refine import refine
+from omnispeech.quantization.methods.statistics import output_energy
 
 RULE = Rule(4, 32, symmetric=False)
 K = 160  # more columns than are settled at a time, and no multiple of it
@@ -169,7 +169,7 @@ def test_refinement_stops_when_little_is_won(monkeypatch: pytest.MonkeyPatch) ->
     group_of = torch.arange(K) // 32
     all_passes = refine(w, matrix, codes, grid, group_of=group_of, passes=100)
     assert 3 < len(all_passes.losses) < 30
-    monkeypatch.setattr("omnispeech.quantization.refine.ENOUGH", 0.5)
+    monkeypatch.setattr("omnispeech.quantization.methods.refine.ENOUGH", 0.5)
     assert len(refine(w, matrix, codes, grid, group_of=group_of, passes=100).losses) == 2
 
 

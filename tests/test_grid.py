@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from omnispeech.errors import CheckpointError, ConfigError
-from omnispeech.quantization.awq import RangeRule
-from omnispeech.quantization.grid import Rule
+from omnispeech.quantization.methods.autoawq import RangeRule
+from omnispeech.quantization.methods.grid import Rule
 
 ASYMMETRIC = Rule(4, 64, symmetric=False)
 SYMMETRIC = Rule(4, 64, symmetric=True)

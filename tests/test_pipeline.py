@@ -10,15 +10,15 @@ from language_model_files import METHOD, Rounding, calibration, language_model
 from quantization_runs import Spy, contents, crashing, device, quantize
 from safetensors.torch import load_file, save_file
 
+from omnispeech.calibration.samples import Calibration, Sample
 from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.layers.packing import Scheme
 from omnispeech.models.qwen3 import Block
 from omnispeech.quantization import layer_loop
-from omnispeech.quantization.calibration import Calibration, Sample
 from omnispeech.quantization.method import LayerResult
-from omnispeech.quantization.methods import build_method
-from omnispeech.quantization.settings import MethodSettings
+from omnispeech.quantization.methods.layer_quantizer import build_method
+from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.state import WorkDirectory
 from omnispeech.quantization.stored import read_weight
 from omnispeech.quantization.stream import Stream

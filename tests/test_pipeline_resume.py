@@ -16,10 +16,10 @@ from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.quantization import state
+from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.pipeline import run
 from omnispeech.quantization.progress import Progress
 from omnispeech.quantization.run_settings import RunSettings
-from omnispeech.quantization.settings import MethodSettings
 from omnispeech.quantization.state import WorkDirectory, partial_path
 
 HERE = Path(__file__).parent

@@ -14,10 +14,10 @@ from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.quantization import plan as plan_module
 from omnispeech.quantization.memory import available_memory
+from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.plan import Plan, Work, make_plan, plan_conversion
 from omnispeech.quantization.run_settings import RunSettings, parse_layers, parse_size
 from omnispeech.quantization.selection import LINEARS, kept_modules
-from omnispeech.quantization.settings import MethodSettings
 
 HERE = Path(__file__).parent
 WORK = Work(tokens=1000, longest=200)

@@ -21,7 +21,7 @@ from command_models import (
 )
 
 from omnispeech.checkpoint.manifest import Manifest
-from omnispeech.quantization import methods
+from omnispeech.quantization.methods import layer_quantizer
 from omnispeech.quantize_cli import commands, opens2s, runs
 
 ROOT = Path(__file__).parent.parent
@@ -151,7 +151,7 @@ def test_a_signal_leaves_what_the_same_command_goes_on_from(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert quantize(model, *text, "--output_dir", str(tmp_path / "whole")) == 0
-    real = methods.LayerQuantizer.quantize
+    real = layer_quantizer.LayerQuantizer.quantize
     layers = []
 
     def interrupted(self: Any, block: Any, floats: Any, quantized: Any) -> Any:
@@ -160,7 +160,7 @@ def test_a_signal_leaves_what_the_same_command_goes_on_from(
             os.kill(os.getpid(), number)
         return real(self, block, floats, quantized)
 
-    monkeypatch.setattr(methods.LayerQuantizer, "quantize", interrupted)
+    monkeypatch.setattr(layer_quantizer.LayerQuantizer, "quantize", interrupted)
     result = tmp_path / "result"
     assert quantize(model, *text, "--output_dir", str(result)) == status
     assert "the same command goes on" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import torch
 from command_models import VARIABLES, chosen, config, quantize, tensors, write_originals
 from safetensors.torch import load_file
 
-from omnispeech.quantization import methods
+from omnispeech.quantization.methods import layer_quantizer
 from omnispeech.quantize_cli import commands
 
 
@@ -206,7 +206,7 @@ def test_defect_6_a_layer_that_ran_out_of_memory_starts_again_from_what_it_was(
     """As if it had been started with the smaller micro-batch; no codes are quantized twice."""
     small = [*text, "--batch-tokens", "128", "--seq_len", "64"]
     assert quantize(model, *small, "--output_dir", str(tmp_path / "small")) == 0
-    real = methods.LayerQuantizer.quantize
+    real = layer_quantizer.LayerQuantizer.quantize
     calls = []
 
     def fails_once(self: Any, block: Any, floats: Any, quantized: Any) -> Any:
@@ -216,7 +216,7 @@ def test_defect_6_a_layer_that_ran_out_of_memory_starts_again_from_what_it_was(
             raise torch.OutOfMemoryError
         return real(self, block, floats, quantized)
 
-    monkeypatch.setattr(methods.LayerQuantizer, "quantize", fails_once)
+    monkeypatch.setattr(layer_quantizer.LayerQuantizer, "quantize", fails_once)
     large = [*text, "--batch-tokens", "256", "--seq_len", "64"]
     assert quantize(model, *large, "--output_dir", str(tmp_path / "large")) == 0
     assert calls == [256, 256, 128]

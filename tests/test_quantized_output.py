@@ -19,10 +19,10 @@ from omnispeech.layers.packing import QuantizedWeight, Scheme
 from omnispeech.models.qwen3 import Block
 from omnispeech.quantization import verify
 from omnispeech.quantization.method import LayerResult
+from omnispeech.quantization.methods.salient import SalientColumns
+from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.output import quantization_config
 from omnispeech.quantization.report import read_report
-from omnispeech.quantization.salient import SalientColumns
-from omnispeech.quantization.settings import MethodSettings
 from omnispeech.quantization.stored import (
     half_in_place,
     install,

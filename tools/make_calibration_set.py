@@ -20,7 +20,7 @@ import soundfile
 
 from omnispeech.audio.io import SAMPLE_RATE_HZ, decode_audio
 from omnispeech.audio.resample import Samples
-from omnispeech.quantization.calibration_items import SHIPPED
+from omnispeech.calibration.items import SHIPPED
 
 VOICES = {  # by the start of the file name
     "en": ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-us-nyc"),

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnispeech.calibration.samples import Calibration
 from omnispeech.checkpoint.language import LanguageFiles
-from omnispeech.quantization.calibration import Calibration
 from omnispeech.quantization.method import Method
+from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.plan import Conversion, stream_dtype
 from omnispeech.quantization.run_settings import RunSettings
-from omnispeech.quantization.settings import MethodSettings
 from omnispeech.quantization.state import Streams
 from omnispeech.quantization.stream import Stream
 

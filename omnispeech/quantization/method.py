@@ -8,7 +8,7 @@ from torch import Tensor
 
 from omnispeech.layers.packing import QuantizedWeight
 from omnispeech.models.qwen3 import Block
-from omnispeech.quantization.salient import SalientColumns
+from omnispeech.quantization.methods.salient import SalientColumns
 from omnispeech.quantization.stream import Stream
 
 

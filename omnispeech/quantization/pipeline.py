@@ -12,15 +12,16 @@ from typing import Any
 
 import torch
 
+from omnispeech.calibration.samples import Calibration
 from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.layers.packing import Scheme
-from omnispeech.quantization.calibration import Calibration
 from omnispeech.quantization.job import Build, Job, run_signature
 from omnispeech.quantization.layer_loop import quantize_layers
 from omnispeech.quantization.memory import MemoryMonitor, return_large_blocks, return_memory
-from omnispeech.quantization.methods import build_method
+from omnispeech.quantization.methods.layer_quantizer import build_method
+from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.output import (
     quantization_config,
     sync_tree,
@@ -39,7 +40,6 @@ from omnispeech.quantization.report import (
     write_report,
 )
 from omnispeech.quantization.run_settings import RunSettings
-from omnispeech.quantization.settings import MethodSettings
 from omnispeech.quantization.state import (
     Streams,
     WorkDirectory,

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 
+from omnispeech.calibration.samples import Calibration
 from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.layers.packing import Scheme, packed_dtypes, packed_shapes
-from omnispeech.quantization.calibration import Calibration
 from omnispeech.quantization.memory import available_memory, resident_memory
-from omnispeech.quantization.methods import TRIAL_TOKENS
+from omnispeech.quantization.methods.layer_quantizer import TRIAL_TOKENS
+from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.progress import duration
 from omnispeech.quantization.run_settings import RunSettings
 from omnispeech.quantization.selection import kept_modules, layer_linears, split_layers
-from omnispeech.quantization.settings import MethodSettings
 from omnispeech.quantization.state import partial_path
 
 MARLIN_GROUPS = (-1, 32, 64, 128)

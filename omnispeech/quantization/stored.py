@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from omnispeech.errors import CheckpointError
 from omnispeech.layers.packing import QuantizedWeight, Scheme, pack, packed_dtypes, unpack
-from omnispeech.quantization.salient import SalientColumns
+from omnispeech.quantization.methods.salient import SalientColumns
 
 ROWS = 1024  # rows of a weight that are made float at a time
 PIECE = 1 << 22  # elements of a tensor that are converted at a time

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from omnispeech.assembly import choose_dtype, load_models
+from omnispeech.calibration.datasets import dataset_items
+from omnispeech.calibration.items import Conversation, Item, read_items, shipped_items
+from omnispeech.calibration.samples import Calibration, text_calibration
+from omnispeech.calibration.tokens import TextTokens
 from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.errors import ConfigError
-from omnispeech.quantization.calibration import Calibration, text_calibration
-from omnispeech.quantization.calibration_items import Conversation, Item, read_items, shipped_items
-from omnispeech.quantization.calibration_sets import dataset_items
-from omnispeech.quantization.calibration_tokens import TextTokens
 from omnispeech.quantize_cli.choices import Calibrate
 from omnispeech.speech_calibration import speech_calibration, speech_lm_calibration
 

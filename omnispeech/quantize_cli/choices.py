@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 from omnispeech.config import FALSE, TRUE, parse_value
 from omnispeech.errors import ConfigError
+from omnispeech.quantization.methods.settings import Duo, MethodName, MethodSettings
 from omnispeech.quantization.run_settings import (
     SHORTEST,
     TARGETS,
@@ -20,7 +21,6 @@ from omnispeech.quantization.run_settings import (
     parse_layers,
     parse_size,
 )
-from omnispeech.quantization.settings import Duo, MethodName, MethodSettings
 from omnispeech.quantize_cli.quant_config import check_agreement, read_quant_config
 
 SEQ_LEN, MAX_TOKENS = 2048, 65_536

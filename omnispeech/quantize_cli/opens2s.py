@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
+from omnispeech.calibration.samples import Calibration
 from omnispeech.checkpoint.language import LanguageFiles, PartName
 from omnispeech.checkpoint.models_directory import LLMS, OPENS2S, SPEECH_LMS
 from omnispeech.errors import ConfigError
-from omnispeech.quantization.calibration import Calibration
 from omnispeech.quantize_cli.calibrate import of_llm, of_speech_lm
 from omnispeech.quantize_cli.choices import Choices
 from omnispeech.quantize_cli.runs import (

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from omnispeech.assembly import choose_device
+from omnispeech.calibration.samples import Calibration
 from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.checkpoint.shards import weight_files
 from omnispeech.errors import ConfigError
-from omnispeech.quantization import autoawq
-from omnispeech.quantization.calibration import Calibration
+from omnispeech.quantization import autoawq_engine
 from omnispeech.quantization.pipeline import run
 from omnispeech.quantization.plan import plan_conversion
 from omnispeech.quantization.push import check_repository, push_to_hub
@@ -87,17 +87,17 @@ def _by_autoawq(
         )
     samples = token_samples(source, chosen.calibrate)
     longest = min(chosen.calibrate.seq_len, sum(map(len, samples)))
-    job = autoawq.AutoAWQJob(
+    job = autoawq_engine.AutoAWQJob(
         source=source,
         samples=samples,
         method=chosen.method,
         settings=chosen.run,
         seq_len=longest,
     )
-    data = autoawq.run_autoawq(job, output)
+    data = autoawq_engine.run_autoawq(job, output)
     if data is None:
         return None
-    return Outcome(autoawq.report_lines(data), data, data.get("found", False))
+    return Outcome(autoawq_engine.report_lines(data), data, data.get("found", False))
 
 
 def _write_salient(path: Path, data: Mapping[str, Any]) -> None:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from omnispeech.calibration.items import Conversation, Item, PlainText
+from omnispeech.calibration.tokens import TextTokens
 from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.errors import ConfigError
-from omnispeech.quantization.calibration_items import Conversation, Item, PlainText
-from omnispeech.quantization.calibration_tokens import TextTokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omnispeech.quantization.gptq import BLOCK
-from omnispeech.quantization.grid import SMALLEST_SCALE, Grid
-from omnispeech.quantization.statistics import ROWS, output_energy
+from omnispeech.quantization.methods.gptq import BLOCK
+from omnispeech.quantization.methods.grid import SMALLEST_SCALE, Grid
+from omnispeech.quantization.methods.statistics import ROWS, output_energy
 
 ENOUGH = 1e-3  # a pass that lowers the loss by less is the last
 

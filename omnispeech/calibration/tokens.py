@@ -5,10 +5,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from omnispeech.calibration.items import Conversation, Turn
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.json_file import read_json
 from omnispeech.prompt import special_token_names, template_text
-from omnispeech.quantization.calibration_items import Conversation, Turn
 
 
 class TextTokens:

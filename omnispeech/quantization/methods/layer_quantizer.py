@@ -10,27 +10,27 @@ from torch import Tensor
 from omnispeech.errors import CheckpointError
 from omnispeech.layers.packing import QuantizedWeight
 from omnispeech.models.qwen3 import Block
-from omnispeech.quantization.awq import AutoAwq
-from omnispeech.quantization.branches import BRANCHES, Branch, Trial, linear
-from omnispeech.quantization.gptq import (
+from omnispeech.quantization.method import LayerResult, LinearReport, Method
+from omnispeech.quantization.methods.autoawq import AutoAwq
+from omnispeech.quantization.methods.branches import BRANCHES, Branch, Trial, linear
+from omnispeech.quantization.methods.gptq import (
     compensate,
     compensate_in_turn,
     factorize,
     groups_in_order,
     split_rows,
 )
-from omnispeech.quantization.grid import Grid, Rule
-from omnispeech.quantization.method import LayerResult, LinearReport, Method
-from omnispeech.quantization.refine import refine
-from omnispeech.quantization.salient import SalientColumns, describe, residual_columns
-from omnispeech.quantization.scales import (
+from omnispeech.quantization.methods.grid import Grid, Rule
+from omnispeech.quantization.methods.refine import refine
+from omnispeech.quantization.methods.salient import SalientColumns, describe, residual_columns
+from omnispeech.quantization.methods.scales import (
     Search,
     final_fit,
     fold_into_norm,
     fold_into_rows,
 )
-from omnispeech.quantization.settings import MethodSettings
-from omnispeech.quantization.statistics import (
+from omnispeech.quantization.methods.settings import MethodSettings
+from omnispeech.quantization.methods.statistics import (
     Moments,
     check_weights,
     observe,

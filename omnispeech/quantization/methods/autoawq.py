@@ -14,11 +14,11 @@ from omnispeech.errors import CheckpointError
 from omnispeech.layers.kv_cache import KVCache
 from omnispeech.layers.packing import QuantizedWeight
 from omnispeech.models.qwen3 import Block
-from omnispeech.quantization.branches import ATTENTION, BRANCHES, MLP, linear
-from omnispeech.quantization.grid import Rule
 from omnispeech.quantization.method import LayerResult, LinearReport
-from omnispeech.quantization.settings import MethodSettings
-from omnispeech.quantization.statistics import Moments, check_weights, relative_losses
+from omnispeech.quantization.methods.branches import ATTENTION, BRANCHES, MLP, linear
+from omnispeech.quantization.methods.grid import Rule
+from omnispeech.quantization.methods.settings import MethodSettings
+from omnispeech.quantization.methods.statistics import Moments, check_weights, relative_losses
 from omnispeech.quantization.stream import Batch, Stream
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.models.qwen3 import Block, Qwen3Config
-from omnispeech.quantization import methods
-from omnispeech.quantization.branches import ATTENTION, BRANCHES, MLP, Branch, Trial, linear
-from omnispeech.quantization.grid import Rule
 from omnispeech.quantization.method import LayerResult
-from omnispeech.quantization.methods import build_method
-from omnispeech.quantization.scales import Search, final_fit, fold_into_norm, fold_into_rows
-from omnispeech.quantization.settings import MethodSettings
-from omnispeech.quantization.statistics import Moments, output_energy
+from omnispeech.quantization.methods import layer_quantizer
+from omnispeech.quantization.methods.branches import ATTENTION, BRANCHES, MLP, Branch, Trial, linear
+from omnispeech.quantization.methods.grid import Rule
+from omnispeech.quantization.methods.layer_quantizer import build_method
+from omnispeech.quantization.methods.scales import Search, final_fit, fold_into_norm, fold_into_rows
+from omnispeech.quantization.methods.settings import MethodSettings
+from omnispeech.quantization.methods.statistics import Moments, output_energy
 from omnispeech.quantization.stream import Stream
 
 WIDTH, INNER, TOKENS = 64, 128, 40
@@ -161,7 +161,9 @@ def test_no_branch_is_worse_than_plain_rounding(settings: dict[str, Any], streng
 
 def test_bad_rounding_falls_back_to_plain_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        methods, "compensate", lambda w, factor, grid: torch.zeros(w.shape, dtype=torch.uint8)
+        layer_quantizer,
+        "compensate",
+        lambda w, factor, grid: torch.zeros(w.shape, dtype=torch.uint8),
     )
     block, plain = make_block(), make_block()
     result = quantize(block)
@@ -181,7 +183,7 @@ def test_each_judge_can_bring_plain_rounding_back(
         losses = itertools.count()
         monkeypatch.setattr(Trial, "loss", lambda self: float(next(losses)))
     else:
-        monkeypatch.setattr(methods, "relative_losses", lambda *_: (2.0, 1.0))
+        monkeypatch.setattr(layer_quantizer, "relative_losses", lambda *_: (2.0, 1.0))
     result = quantize(make_block())
     assert {report.notes["fallback"] for report in result.linears.values()} == {"nearest"}
 

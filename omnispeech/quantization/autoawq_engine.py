@@ -24,6 +24,7 @@ from omnispeech.checkpoint.shards import Shards
 from omnispeech.errors import CheckpointError, ConfigError, OmniSpeechError
 from omnispeech.json_file import read_json
 from omnispeech.quantization.memory import MemoryMonitor, available_memory
+from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.output import (
     Piece,
     sync_tree,
@@ -33,7 +34,6 @@ from omnispeech.quantization.output import (
 )
 from omnispeech.quantization.report import JSON, LOG, versions
 from omnispeech.quantization.run_settings import RunSettings
-from omnispeech.quantization.settings import MethodSettings
 from omnispeech.quantization.state import WorkDirectory, different
 
 INSTALL = "pip install 'omnispeech[autoawq]' && " + (

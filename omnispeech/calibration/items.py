@@ -28,7 +28,7 @@ from omnispeech.errors import AudioError, ConfigError
 SOUND_FILES = (".wav", ".flac", ".ogg", ".mp3")
 ROLES = ("system", "user", "assistant")
 MAX_AUDIO_S = 120.0
-SHIPPED = Path(__file__).parent / "calibration_set"
+SHIPPED = Path(__file__).parent / "shipped"
 
 
 @dataclass(frozen=True, slots=True)

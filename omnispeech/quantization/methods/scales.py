@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from omnispeech.models.qwen3 import Block
-from omnispeech.quantization.branches import Branch, Trial, linear
-from omnispeech.quantization.grid import Grid, Rule
-from omnispeech.quantization.settings import MethodSettings
-from omnispeech.quantization.statistics import ROWS, Moments, output_energy
+from omnispeech.quantization.methods.branches import Branch, Trial, linear
+from omnispeech.quantization.methods.grid import Grid, Rule
+from omnispeech.quantization.methods.settings import MethodSettings
+from omnispeech.quantization.methods.statistics import ROWS, Moments, output_energy
 
 COARSE = 10  # steps from ratio 0 to 1
 LIMIT = 1e4  # no channel is scaled further apart

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omnispeech.quantization.grid import Grid, Rule
+from omnispeech.quantization.methods.grid import Grid, Rule
 
 BLOCK = 128  # columns that are settled before the rest hears of their errors
 DAMPING_RAISES = 4

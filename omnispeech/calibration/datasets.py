@@ -15,8 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
+from omnispeech.calibration.items import Item, PlainText, read_items
 from omnispeech.errors import ConfigError
-from omnispeech.quantization.calibration_items import Item, PlainText, read_items
 
 DEFAULT_QUOTA = 128  # texts of each set
 SHORTEST = 64  # characters: headings and empty lines are no texts

@@ -15,12 +15,12 @@ from omnispeech.errors import CheckpointError
 from omnispeech.layers.kv_cache import KVCache
 from omnispeech.layers.packing import Scheme, unpack
 from omnispeech.models.qwen3 import Block, Qwen3Config
-from omnispeech.quantization import awq
-from omnispeech.quantization.awq import LayerWork, RangeRule
-from omnispeech.quantization.branches import BRANCHES, Branch
 from omnispeech.quantization.method import LayerResult
-from omnispeech.quantization.methods import build_method
-from omnispeech.quantization.settings import MethodSettings
+from omnispeech.quantization.methods import autoawq
+from omnispeech.quantization.methods.autoawq import LayerWork, RangeRule
+from omnispeech.quantization.methods.branches import BRANCHES, Branch
+from omnispeech.quantization.methods.layer_quantizer import build_method
+from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.stream import Stream
 
 GOLDEN = Path(__file__).parent / "golden" / "awq"
@@ -92,7 +92,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def test_recipe_gives_what_autoawq_gave(
     group_size: int, layer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(awq, "LayerWork", AliasedWork)
+    monkeypatch.setattr(autoawq, "LayerWork", AliasedWork)
     monkeypatch.setattr(torch.nn.functional, "linear", product)
     stream = calibration()
     with torch.no_grad():

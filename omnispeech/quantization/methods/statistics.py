@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.models.qwen3 import Block
-from omnispeech.quantization.branches import Branch
-from omnispeech.quantization.grid import Rule
+from omnispeech.quantization.methods.branches import Branch
+from omnispeech.quantization.methods.grid import Rule
 from omnispeech.quantization.stream import Stream
 
 ROWS = 1024  # of a weight at a time

@@ -1,0 +1,1 @@
+"""What is done to one decoder layer: AWQ, GPTQ, plain rounding."""
