@@ -1,6 +1,7 @@
 """Random text models on disk, calibrations for them, and a method that only rounds."""
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,11 @@ class Rounding:
 
     settings: MethodSettings
 
-    def quantize(self, block: Block, floats: Stream, quantized: Stream) -> LayerResult:
-        weights = {name: self.rounded(block.get_submodule(name).weight) for name in LINEARS}
+    def quantize(
+        self, block: Block, floats: Stream, quantized: Stream, kept: Collection[str] = ()
+    ) -> LayerResult:
+        rounded = [name for name in LINEARS if name not in kept]
+        weights = {name: self.rounded(block.get_submodule(name).weight) for name in rounded}
         loss = output_error(block, weights, quantized)
         for name, weight in weights.items():
             block.get_submodule(name).weight.data.copy_(weight.dequantize())
@@ -93,7 +97,7 @@ class Rounding:
             if name.removesuffix(".weight") not in weights
         }
         report = LinearReport(loss=loss, nearest_loss=loss, notes={"scales": "identity"})
-        return LayerResult(weights=weights, plain=plain, linears=dict.fromkeys(LINEARS, report))
+        return LayerResult(weights=weights, plain=plain, linears=dict.fromkeys(rounded, report))
 
     def rounded(self, weight: Tensor) -> QuantizedWeight:
         n, k = weight.shape

@@ -3,7 +3,7 @@
 import errno
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,9 @@ class Spy(Rounding):
 
     seen: list[tuple[list[torch.Tensor], list[torch.Tensor]]]
 
-    def quantize(self, block: Block, floats: Stream, quantized: Stream) -> LayerResult:
+    def quantize(
+        self, block: Block, floats: Stream, quantized: Stream, kept: Collection[str] = ()
+    ) -> LayerResult:
         self.seen.append((list(floats.states), list(quantized.states)))
         return super().quantize(block, floats, quantized)
 
@@ -73,7 +75,9 @@ class OutOfMemory(Rounding):
     layers: tuple[int, ...] = (0, 1, 2)
     calls: list[int]
 
-    def quantize(self, block: Block, floats: Stream, quantized: Stream) -> LayerResult:
+    def quantize(
+        self, block: Block, floats: Stream, quantized: Stream, kept: Collection[str] = ()
+    ) -> LayerResult:
         index = len(set(self.calls))
         largest = max(len(batch.x) for batch in quantized.batches())
         if index in self.layers and largest > self.room:
@@ -91,12 +95,12 @@ def device(room: int, layers: tuple[int, ...] = (0, 1, 2)) -> type[OutOfMemory]:
 def crashing(method: Callable[..., None], count: int, before: bool) -> Callable[..., None]:
     calls = 0
 
-    def crash(*arguments: Any) -> None:
+    def crash(*arguments: Any, **options: Any) -> None:
         nonlocal calls
         calls += 1
         if before and calls > count:
             raise KeyboardInterrupt
-        method(*arguments)
+        method(*arguments, **options)
         if calls > count:
             raise KeyboardInterrupt
 

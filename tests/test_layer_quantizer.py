@@ -116,6 +116,22 @@ def test_block_computes_what_is_stored(settings: dict[str, Any]) -> None:
     assert result.linears.keys() == result.weights.keys()
 
 
+@pytest.mark.parametrize("kept", [BRANCHES[0].readers, ("mlp.down_proj",), BRANCHES[1].linears])
+@pytest.mark.parametrize("settings", [{}, {"compatible": True}, {"method": "gptq"}], ids=str)
+def test_kept_linears_stay_float_and_the_layer_gets_closer(
+    settings: dict[str, Any], kept: tuple[str, ...]
+) -> None:
+    block, whole, heard = make_block(), make_block(), stream()
+    chosen = MethodSettings(group_size=32, **settings)
+    result = build_method(chosen).quantize(block, heard, heard, kept)
+    quantize(whole, **settings)
+    assert result.weights.keys().isdisjoint(kept) and len(result.weights) == 7 - len(kept)
+    for name in kept:
+        assert torch.equal(linear(block, name).weight, result.plain[f"{name}.weight"].float())
+    branch = next(b for b in BRANCHES if kept[0] in b.linears)
+    assert error(block, make_block(), branch) < 0.95 * error(whole, make_block(), branch)
+
+
 @pytest.mark.parametrize("settings", KINDS, ids=str)
 def test_every_method_stays_close_to_the_float_layer(settings: dict[str, Any]) -> None:
     block = make_block()

@@ -1,6 +1,7 @@
 """A run from the first layer to the verified directory, and one on a device that is too small."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,17 @@ def test_a_part_of_a_name_keeps_a_layer_and_no_other(tmp_path: Path) -> None:
     assert {name.split(".")[2] for name in report.data["kept"]} == {"1"}
 
 
+def test_single_linears_stay_float(tmp_path: Path) -> None:
+    source = language_model(tmp_path / "model")
+    report = quantize(source, tmp_path / "out", modules_to_not_convert=("down_proj", "o_proj"))
+    stored = load_file(tmp_path / "out/model.safetensors")
+    assert {name.rsplit(".", 1)[-1] for name in report.data["kept"]} == {"down_proj", "o_proj"}
+    for name in report.data["kept"]:
+        assert stored[f"{name}.weight"].dtype == torch.float16
+        assert f"{name}.qweight" not in stored
+    assert "model.layers.0.mlp.up_proj.qweight" in stored
+
+
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     source = language_model(tmp_path / "model", tie_word_embeddings=True)
     quantize(source, tmp_path / "out")
@@ -171,7 +183,9 @@ def test_codes_do_not_depend_on_the_micro_batch(default: bool, tmp_path: Path) -
 class HeardRounding(Rounding):
     """Its ranges depend on what was heard, so that states reach the codes."""
 
-    def quantize(self, block: Block, floats: Stream, quantized: Stream) -> LayerResult:
+    def quantize(
+        self, block: Block, floats: Stream, quantized: Stream, kept: Collection[str] = ()
+    ) -> LayerResult:
         heard = torch.cat([block.post_attention_layernorm(b.x) for b in quantized.batches()])
         block.mlp.up_proj.weight.data *= heard.abs().mean(0)
         return super().quantize(block, floats, quantized)

@@ -1,7 +1,9 @@
 """Runs that were stopped and go on, and outputs that are there already."""
 
+import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -217,6 +219,25 @@ def test_a_run_stopped_before_the_manifest_is_finished_by_the_next(
             quantize(source, tmp_path / "out")
     assert quantize(source, tmp_path / "out").found
     Manifest(tmp_path).check("out", deep=True)
+    assert not partial_path(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("count", range(9))
+def test_a_run_stopped_while_it_cleans_up_is_finished_by_the_next(
+    source: LanguageFiles, count: int, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        remove = WorkDirectory.remove
+
+        def stopped(work: WorkDirectory) -> None:
+            for name in ("unlink", "rmdir"):
+                patch.setattr(os, name, crashing(getattr(os, name), count, before=False))
+            remove(work)
+
+        patch.setattr(WorkDirectory, "remove", stopped)
+        with contextlib.suppress(KeyboardInterrupt):
+            quantize(source, tmp_path / "out")
+    assert quantize(source, tmp_path / "out").found
     assert not partial_path(tmp_path / "out").exists()
 
 

@@ -211,9 +211,10 @@ def test_a_part_that_fits_nothing_is_an_error(part: str) -> None:
         kept_modules(12, (), (part,), OUTSIDE)
 
 
-def test_half_a_layer_is_not_kept(source: LanguageFiles) -> None:
-    with pytest.raises(ConfigError, match="of layer 0 some linears .* as in 1 more"):
-        plan(source, modules_to_not_convert=("down_proj",))
+def test_linears_that_read_the_same_are_kept_together(source: LanguageFiles) -> None:
+    with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.gate_proj, .* in 1 more sets"):
+        plan(source, modules_to_not_convert=("up_proj",))
+    plan(source, modules_to_not_convert=("up_proj", "gate_proj"))
 
 
 # --- settings

@@ -154,11 +154,11 @@ def test_a_signal_leaves_what_the_same_command_goes_on_from(
     real = layer_quantizer.LayerQuantizer.quantize
     layers = []
 
-    def interrupted(self: Any, block: Any, floats: Any, quantized: Any) -> Any:
+    def interrupted(self: Any, block: Any, floats: Any, quantized: Any, kept: Any) -> Any:
         layers.append(block)
         if len(layers) == 2:
             os.kill(os.getpid(), number)
-        return real(self, block, floats, quantized)
+        return real(self, block, floats, quantized, kept)
 
     monkeypatch.setattr(layer_quantizer.LayerQuantizer, "quantize", interrupted)
     result = tmp_path / "result"

@@ -209,12 +209,12 @@ def test_defect_6_a_layer_that_ran_out_of_memory_starts_again_from_what_it_was(
     real = layer_quantizer.LayerQuantizer.quantize
     calls = []
 
-    def fails_once(self: Any, block: Any, floats: Any, quantized: Any) -> Any:
+    def fails_once(self: Any, block: Any, floats: Any, quantized: Any, kept: Any) -> Any:
         calls.append(floats.batch_tokens)
         if len(calls) == 2:  # the second layer, when half of the work is done
             block.mlp.up_proj.weight.zero_()
             raise torch.OutOfMemoryError
-        return real(self, block, floats, quantized)
+        return real(self, block, floats, quantized, kept)
 
     monkeypatch.setattr(layer_quantizer.LayerQuantizer, "quantize", fails_once)
     large = [*text, "--batch-tokens", "256", "--seq_len", "64"]

@@ -1,6 +1,7 @@
 """The files of a quantized directory, and the check that they mean what was quantized."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,9 @@ def test_gptq_rules_leave_out_the_kept_modules_alone() -> None:
 
 
 class Salient(Rounding):
-    def quantize(self, block: Block, floats: Stream, quantized: Stream) -> LayerResult:
+    def quantize(
+        self, block: Block, floats: Stream, quantized: Stream, kept: Collection[str] = ()
+    ) -> LayerResult:
         result = super().quantize(block, floats, quantized)
         columns = SalientColumns(
             torch.tensor([1, 5]), torch.ones(64, 2, dtype=torch.int8), torch.ones(2).half()

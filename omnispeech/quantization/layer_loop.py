@@ -112,7 +112,8 @@ def _converted(job: Job, index: int, block: Block, streams: Streams) -> LayerRes
     else:
         floats = job.stream(streams, streams.floats)
         quantized = job.stream(streams, streams.quantized)
-        result = job.build(job.method).quantize(block, floats, quantized)
+        kept = [name for name in LINEARS if prefix + name in job.conversion.kept]
+        result = job.build(job.method).quantize(block, floats, quantized, kept)
     plain = {name: to_half(tensor, prefix + name) for name, tensor in result.plain.items()}
     return replace(result, plain=plain)
 

@@ -1,6 +1,6 @@
 """What every method of quantizing one decoder layer takes and gives."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -32,11 +32,15 @@ class LayerResult:
 
 
 class Method(Protocol):
-    def quantize(self, block: Block, floats: Stream, quantized: Stream) -> LayerResult:
+    def quantize(
+        self, block: Block, floats: Stream, quantized: Stream, kept: Collection[str] = ()
+    ) -> LayerResult:
         """Quantizes one layer in place: afterwards `block` computes what the stored tensors mean.
 
         block: float32, on the device of the streams.
         floats: states in front of the layer in the float model.
         quantized: the same behind the layers that are quantized already.
+        kept: linears that stay float, though channel scales may pass through them; of those that
+            read the same vectors all or none.
         """
         ...

@@ -21,7 +21,7 @@ from omnispeech.quantization.methods.layer_quantizer import TRIAL_TOKENS
 from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.progress import duration
 from omnispeech.quantization.run_settings import RunSettings
-from omnispeech.quantization.selection import kept_modules, layer_linears, split_layers
+from omnispeech.quantization.selection import kept_modules, layer_linears, split_sets
 from omnispeech.quantization.state import partial_path
 
 MARLIN_GROUPS = (-1, 32, 64, 128)
@@ -194,14 +194,14 @@ def _shape_problems(
 
 
 def _split_problems(layers: int, kept: Sequence[str]) -> list[str]:
-    """The channel scales of a layer run through all its linears, so it is kept as a whole."""
-    split = split_layers(layers, kept)
+    """Servers compute linears that read the same vectors as one, so they are kept together."""
+    split = split_sets(layers, kept)
     if not split:
         return []
     return [
-        f"of layer {split[0]} some linears are to be kept in float16 and some not"
-        + (f", as in {len(split) - 1} more" if len(split) > 1 else "")
-        + "; a layer is kept as a whole, use --keep-fp-layers"
+        f"of {', '.join(split[0])} some are to be kept in float16 and some not"
+        + (f", and so in {len(split) - 1} more sets" if len(split) > 1 else "")
+        + "; they read the same vectors: name all of them or none"
     ]
 
 

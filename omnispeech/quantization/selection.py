@@ -5,8 +5,12 @@ from collections.abc import Collection, Iterable, Sequence
 
 from omnispeech.errors import ConfigError
 
-ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-LINEARS = (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+# linears that read the same vectors share their channel scales, and servers fuse them
+FUSED = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+)
+LINEARS = (*FUSED[0], "self_attn.o_proj", *FUSED[1], "mlp.down_proj")
 
 
 def layer_prefix(index: int) -> str:
@@ -41,13 +45,10 @@ def kept_modules(
     return tuple(name for name in names if name in kept)
 
 
-def split_layers(layers: int, kept: Collection[str]) -> list[int]:
-    """Layers of which some linears are kept and some are not."""
-    return [
-        i
-        for i in range(layers)
-        if 0 < sum(name in kept for name in layer_linears(i)) < len(LINEARS)
-    ]
+def split_sets(layers: int, kept: Collection[str]) -> list[list[str]]:
+    """Linears that read the same vectors, of which some are kept and some are not."""
+    sets = [[layer_prefix(i) + name for name in names] for i in range(layers) for names in FUSED]
+    return [names for names in sets if 0 < sum(name in kept for name in names) < len(names)]
 
 
 def _layer(index: int, layers: int) -> int:

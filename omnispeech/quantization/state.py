@@ -120,7 +120,8 @@ class WorkDirectory:
         )
 
     def remove(self) -> None:
-        shutil.rmtree(self.path)
+        _empty(self.path)
+        self.path.rmdir()
 
     def _clean(self) -> None:
         """Removes what a killed write left half done."""
@@ -145,11 +146,14 @@ class WorkDirectory:
 def remove_partial(output: Path, signature: Mapping[str, Any]) -> None:
     """What a run with this signature has left though its result is finished."""
     path = partial_path(output)
-    if not (path / SIGNATURE).is_file():
+    if not path.is_dir():
         return
     with _locked(path):
-        if not different(read_json(path / SIGNATURE), _signed(signature)):
-            shutil.rmtree(path)
+        signed = (path / SIGNATURE).is_file()
+        if signed and not different(read_json(path / SIGNATURE), _signed(signature)):
+            _empty(path)
+        if not any(path.iterdir()):
+            path.rmdir()
 
 
 def _signed(signature: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,7 +210,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _empty(path: Path) -> None:
-    for child in path.iterdir():
+    """The signature goes last: if this is interrupted, what is left still tells whose it is."""
+    for child in sorted(path.iterdir(), key=lambda child: child.name == SIGNATURE):
         if child.is_dir():
             shutil.rmtree(child)
         else:

@@ -4,7 +4,7 @@ It is here to be measured against, and for those who need the file that AutoAWQ 
 float16 it follows AutoAWQ's own arithmetic; float32 is the same recipe without its rounding.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,7 +78,9 @@ class AutoAwq:
         self.rule = RangeRule(settings.group_size, settings.symmetric)
 
     @torch.no_grad()
-    def quantize(self, block: Block, floats: Stream, quantized: Stream) -> LayerResult:
+    def quantize(
+        self, block: Block, floats: Stream, quantized: Stream, kept: Collection[str] = ()
+    ) -> LayerResult:
         """Everything is judged on the states of the float model."""
         check_weights(block)
         block.to(self.dtype)
@@ -86,8 +88,9 @@ class AutoAwq:
         if self.settings.method == "awq":
             work.scale(duo=self.settings.duo == "on")
         if self.settings.clips:
-            work.clip()
-        weights = {name: self.rule.pack(linear(block, name).weight) for name in work.inputs}
+            work.clip(kept)
+        rounded = [name for name in work.inputs if name not in kept]
+        weights = {name: self.rule.pack(linear(block, name).weight) for name in rounded}
         block.float()
         for name, weight in weights.items():
             linear(block, name).weight.copy_(weight.dequantize())
@@ -220,9 +223,9 @@ class LayerWork:
             self.inputs[name] = [x / scales for x in self.inputs[name]]
             self.columns[name] = scales.float()
 
-    def clip(self) -> None:
+    def clip(self, kept: Collection[str]) -> None:
         for name in self.inputs:
-            if not name.endswith(UNCLIPPED):
+            if not name.endswith(UNCLIPPED) and name not in kept:
                 self._clip(name)
 
     def _clip(self, name: str) -> None:

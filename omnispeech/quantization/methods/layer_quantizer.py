@@ -1,6 +1,6 @@
 """The methods: channel scales, rounding and a look back, for one decoder layer at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,20 +75,19 @@ class LayerQuantizer:
         self.settings = settings
 
     @torch.no_grad()
-    def quantize(self, block: Block, floats: Stream, quantized: Stream) -> LayerResult:
+    def quantize(
+        self, block: Block, floats: Stream, quantized: Stream, kept: Collection[str] = ()
+    ) -> LayerResult:
         check_weights(block)
-        _round_plain(block)
-        outcomes = [_BranchWork(self.settings, block, b, quantized).outcome() for b in BRANCHES]
+        _store_plain(block, [name for branch in BRANCHES for name in branch.linears])
+        outcomes = [
+            _BranchWork(self.settings, block, branch, quantized, kept).outcome()
+            for branch in BRANCHES
+        ]
         weights = {name: w for outcome in outcomes for name, w in outcome.weights.items()}
-        _round_plain(block)
-        plain = {
-            name: parameter.detach().to(STORED)
-            for name, parameter in block.named_parameters()
-            if name.removesuffix(".weight") not in weights
-        }
         return LayerResult(
             weights=weights,
-            plain=plain,
+            plain=_store_plain(block, weights),
             linears={name: r for outcome in outcomes for name, r in outcome.linears.items()},
             salient={name: s for outcome in outcomes for name, s in outcome.salient.items()},
         )
@@ -98,21 +97,31 @@ class _BranchWork:
     """One branch of one layer: what was asked for is kept unless plain rounding is better."""
 
     def __init__(
-        self, settings: MethodSettings, block: Block, branch: Branch, stream: Stream
+        self,
+        settings: MethodSettings,
+        block: Block,
+        branch: Branch,
+        stream: Stream,
+        kept: Collection[str],
     ) -> None:
         self.settings, self.block, self.branch, self.stream = settings, block, branch, stream
+        self.readers = tuple(name for name in branch.readers if name not in kept)
+        self.last = tuple(name for name in (branch.last,) if name not in kept)
         self.rule = Rule(settings.bits, settings.group_size, settings.symmetric)
         self.floats = {n: p.detach().clone() for n, p in branch.parameters(block)}
         self.trial = Trial(block, branch, stream, TRIAL_TOKENS)
         self._listen()
 
     def outcome(self) -> Outcome:
-        floats = [(name, self._float(name)) for name in self.branch.linears]
+        if not (names := (*self.readers, *self.last)):
+            return Outcome()
+        floats = [(name, self._float(name)) for name in names]
         plain = self.trial.loss_with({name: self.rule.widest(w).nearest(w) for name, w in floats})
         for plan in self._plans():
             outcome = self._attempt(plan)
-            last = outcome.linears[self.branch.last]
-            if plan.plain or (self.trial.loss() <= plain and last.loss <= last.nearest_loss):
+            last = [outcome.linears[name] for name in self.last]
+            no_worse = self.trial.loss() <= plain and all(r.loss <= r.nearest_loss for r in last)
+            if plan.plain or no_worse:
                 return outcome
             self._start_again()
         raise AssertionError("the last plan is always kept")
@@ -131,16 +140,17 @@ class _BranchWork:
         if plan.note:
             for notes in self.notes.values():
                 notes["fallback"] = plan.note
-        if plan.scaled:
+        if plan.scaled and self.readers:
             self._scale_readers()
+        if plan.scaled and self.last:
             self._scale_last()
         outcome = Outcome()
-        self._round(b.readers, plan, outcome)
-        if plan.compensated:
+        self._round(self.readers, plan, outcome)
+        if plan.compensated and self.readers and self.last:
             del self.moments[b.last]
             # the last linear makes good what the readers lost, too
             self.moments |= observe(self.block, b, self.stream, [b.last])
-        self._round((b.last,), plan, outcome)
+        self._round(self.last, plan, outcome)
         return outcome
 
     def _listen(self) -> None:
@@ -184,6 +194,8 @@ class _BranchWork:
 
     def _round(self, names: Sequence[str], plan: _Plan, outcome: Outcome) -> None:
         """Linears that read the same thing are rounded as one."""
+        if not names:
+            return
         moments = self.moments[names[0]]
         parts = [linear(self.block, name).weight for name in names]
         w = torch.cat(list(parts)) if len(parts) > 1 else parts[0].detach()
@@ -247,11 +259,13 @@ class _BranchWork:
         )
 
 
-def _round_plain(block: Block) -> None:
-    """Norms and biases take the values they are stored with."""
+def _store_plain(block: Block, packed: Collection[str]) -> dict[str, Tensor]:
+    """All but the weights of `packed` linears, which take the values they are stored with."""
+    plain = {}
     for name, parameter in block.named_parameters():
-        if parameter.dim() == 1:
-            stored = parameter.to(STORED)
-            if not stored.isfinite().all():
+        if name.removesuffix(".weight") not in packed:
+            plain[name] = parameter.detach().to(STORED)
+            if not plain[name].isfinite().all():
                 raise CheckpointError(f"{name} holds values beyond float16")
-            parameter.copy_(stored)
+            parameter.copy_(plain[name])
+    return plain
