@@ -181,7 +181,7 @@ def test_damaged_models_end_the_server_with_the_reason(models: Path, tmp_path: P
         (["--models", "MODELS", "--host", "no.such.host.invalid"], "cannot listen on no.such.host"),
         (["--models", "MODELS", "--host", "a..b"], "cannot listen on a..b:8000"),
         (["--models", "MODELS", "--llm", "awq"], "python quantize_llm_awq.py"),
-        (["--models", "MODELS", "--kernel", "marlin"], "comes with the package gptqmodel"),
+        (["--models", "MODELS", "--kernel", "marlin"], "is one of the package gptqmodel"),
         (["--config", "/no/such/file.toml"], "does not exist"),
         (["--config", "/"], "cannot be read"),
     ],

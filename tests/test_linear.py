@@ -237,7 +237,7 @@ def test_dequantized_is_what_the_kernel_multiplies_with() -> None:
     torch.testing.assert_close(columns, linear.dequantize()[:, :8].T.bfloat16(), atol=0, rtol=2**-7)
 
 
-@pytest.mark.parametrize("name", ["gemm", "gemv", "gemv_fast", "torch", "auto"])
+@pytest.mark.parametrize("name", ["gemm", "GEMM", "gemv", "gemv_fast", "GEMVFast", "torch", "auto"])
 def test_names_of_autoawq_mean_the_kernels_of_torch(name: str) -> None:
     assert build(random_weight(64, 128, 32), name).kernel_name == "torch int4"
 
@@ -247,6 +247,7 @@ def test_names_of_autoawq_mean_the_kernels_of_torch(name: str) -> None:
     [
         ("marlin", "gptqmodel"),
         ("exllama", "gptqmodel"),
+        ("ExllamaV2", "gptqmodel"),
         ("ipex", "intel_extension_for_pytorch"),
         ("gemlite", "gemlite"),
     ],

@@ -1,5 +1,6 @@
 """Which LLM of a models directory is loaded, and what is done about one that is not whole."""
 
+import errno
 import json
 import os
 import re
@@ -130,6 +131,29 @@ def test_a_damaged_one_is_refused_and_no_other_taken_instead(
     assert COMMANDS[NAMES[method]] in str(error.value)
 
 
+def copy(path: Path) -> None:
+    os.utime(path / "model.safetensors", ns=(1, 1))
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "8bit"])
+def test_equal_bytes_of_another_time_are_taken_where_nothing_can_be_written(
+    models: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy(make(models, NAMES[method]))
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Manifest, "_put", refuse)
+    choose_sources(models, method)
+
+
+def test_a_link_to_nowhere_is_no_reason_to_take_another_precision(models: Path) -> None:
+    (models / NAMES["awq"]).symlink_to(models / "unmounted")
+    with pytest.raises(CheckpointError, match=r"OpenS2S-llm-awq is missing"):
+        choose_sources(models)
+
+
 def test_one_that_was_never_entered_is_refused(models: Path) -> None:
     make(models, NAMES["awq"], entered=False)
     with pytest.raises(CheckpointError, match="not in .*omnispeech verify"):
@@ -252,9 +276,8 @@ def test_verify_accepts_the_same_bytes_after_a_copy(
 ) -> None:
     verify(quantized)
     os.utime(quantized / NAMES["awq"] / "model.safetensors", ns=(1, 1))
-    with pytest.raises(CheckpointError):
-        choose_sources(quantized)
-    assert verify(quantized) == 0
+    assert verify(quantized, NAMES["awq"] + "/") == 0
+    Manifest(quantized).check(NAMES["awq"])
     assert choose_sources(quantized).llm == quantized / NAMES["awq"]
 
 
@@ -279,3 +302,7 @@ def test_verify_of_what_it_does_not_know_fails(
 
 def test_verify_of_an_empty_directory_finds_nothing_wrong(models: Path) -> None:
     assert verify(models) == 0
+
+
+def test_verify_of_no_directory_fails(models: Path) -> None:
+    assert verify(models / "elsewhere") == 1

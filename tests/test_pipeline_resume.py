@@ -192,7 +192,23 @@ def test_a_directory_of_something_else_is_never_overwritten(
     (tmp_path / "out/letter.txt").write_text("dear")
     with pytest.raises(ConfigError, match="no finished result of this program.*--overwrite"):
         quantize(source, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"holds letter\.txt, .* remove the directory yourself"):
+        quantize(source, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out/letter.txt").read_text() == "dear"
+
+
+def test_the_original_is_never_overwritten_and_an_empty_directory_is_in_no_way(
+    source: LanguageFiles, tmp_path: Path
+) -> None:
+    weights = source.directory / "model.safetensors"
+    before = weights.read_bytes()
+    for place in (source.directory, tmp_path, tmp_path / "x/../model"):
+        with pytest.raises(ConfigError, match="holds the original model"):
+            quantize(source, place, overwrite=True)
+    assert weights.read_bytes() == before
+    (tmp_path / "out").mkdir()
+    quantize(source, tmp_path / "out")
+    assert (tmp_path / "out/config.json").is_file()
 
 
 def test_overwrite_replaces_a_result_only_by_a_finished_one(

@@ -47,8 +47,14 @@ def test_groups_must_divide_the_columns(layout: str, source: LanguageFiles) -> N
 
 
 def test_linears_that_stay_float_need_no_shape(source: LanguageFiles) -> None:
-    method = MethodSettings(method="rtn", group_size=128)
-    assert len(plan(source, method, keep_fp_layers=(0, 1)).conversion.kept) == 14
+    assert len(plan(source, keep_fp_layers=(0,)).conversion.kept) == 7
+    with pytest.raises(ConfigError, match="all 2 layers are kept in float16"):
+        plan(source, keep_fp_layers=(0, 1))
+
+
+def test_a_group_that_does_not_go_is_refused_with_those_that_do(source: LanguageFiles) -> None:
+    with pytest.raises(ConfigError, match="group sizes that go: 32, 64, -1"):
+        plan(source, MethodSettings(method="rtn", group_size=128))
 
 
 @pytest.mark.parametrize("target", ["vllm", "sglang", "transformers-marlin"])

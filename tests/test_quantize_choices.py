@@ -89,3 +89,26 @@ def test_what_has_no_sound_meaning_is_refused_with_the_reason(
     with pytest.raises(ConfigError) as error:
         chosen(*flags)
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--batch-tokens", "0"), "--batch-tokens 0; allowed: 1 or more"),
+        (("--calib-size", "0"), "--calib-size 0; allowed: 1 or more"),
+        (("--gptq", "--search-step", "2"), "are of AWQ's search"),
+        (("--gptq", "--apply_clip"), "are of AWQ's search"),
+        (("--gptq", "--quant_config", '{"damp_percent": NaN}'), "is not valid JSON: NaN"),
+        (("--dump-salient", "."), "cannot be written"),
+    ],
+)
+def test_a_value_that_means_nothing_is_refused_by_its_flag(
+    flags: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        chosen(*flags)
+
+
+def test_max_quality_has_no_grid_with_gptq_and_the_target_is_named_as_in_errors() -> None:
+    assert chosen("--max_quality", "--gptq").method.search_step == 1
+    assert chosen("--target", "transformers-marlin").run.target == "transformers-marlin"

@@ -93,29 +93,32 @@ class Manifest:
         found = {file: _record(directory / file) for file in entry.files}
         for file, record in entry.files.items():
             if found[file].sha256 != record.sha256:
-                raise self._changed(directory / file, "its bytes have changed")
+                raise self._changed(directory / file, "its bytes have changed; make it again")
         if found != entry.files:
             self._renew(name, ManifestEntry(entry.made, entry.entered, found))
 
     def _check_size(self, path: Path, record: FileRecord) -> None:
         if not path.is_file():
-            raise self._changed(path, "it is missing")
+            raise self._changed(path, "it is missing; make it again")
         if (size := path.stat().st_size) != record.size:
-            raise self._changed(path, f"it has {size} bytes instead of {record.size}")
+            raise self._changed(
+                path, f"it has {size} bytes instead of {record.size}; make it again"
+            )
 
     def _check_times(self, directory: Path, entry: ManifestEntry) -> None:
         for file, record in entry.files.items():
             if (directory / file).stat().st_mtime_ns != record.mtime_ns:
-                raise self._changed(directory / file, "it was written to, or copied, since")
+                raise self._changed(
+                    directory / file,
+                    "it was written to, or copied, since; run `omnispeech verify`, which compares "
+                    "every byte",
+                )
 
     def _changed(self, path: Path, reason: str) -> CheckpointError:
-        return CheckpointError(
-            f"{path} is not as it was entered in {self.path.name}: {reason}; run "
-            "`omnispeech verify`, which compares every byte, or make it again"
-        )
+        return CheckpointError(f"{path} is not as it was entered in {self.path.name}: {reason}")
 
     def _renew(self, name: str, entry: ManifestEntry) -> None:
-        """Models are often mounted read-only: then only the next quick check is slower."""
+        """Models are often mounted read-only: then every start compares all bytes."""
         try:
             self._put(name, entry)
         except OSError as exc:
@@ -142,6 +145,8 @@ class Manifest:
             raw = read_json(self.path)
         except OSError as exc:
             raise CheckpointError(f"{self.path} cannot be read: {exc.strerror}") from exc
+        except CheckpointError as exc:
+            raise CheckpointError(f"{exc}; delete it and run `omnispeech verify`") from exc
         if raw.get("format") != FORMAT:
             raise CheckpointError(
                 f"{self.path} has format {raw.get('format')!r}; known: {FORMAT}; "

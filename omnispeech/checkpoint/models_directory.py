@@ -5,6 +5,7 @@ not is an error, never a reason to take another precision.
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def choose_llm(directory: Path, name: str) -> tuple[Path, Path | None]:
 def _best(directory: Path) -> str:
     """By what is there: whether it is whole is asked of the one that is taken."""
     there = {"8bit": EIGHT_BIT, **LLMS}
-    return next((n for n in (*LLMS, "8bit") if (directory / there[n]).exists()), "bf16")
+    return next((n for n in (*LLMS, "8bit") if os.path.lexists(directory / there[n])), "bf16")
 
 
 def _base(directory: Path) -> Path:
@@ -111,16 +112,27 @@ def _need(directory: Path, name: str) -> Path:
 
 
 def _verified(directory: Path, name: str) -> Path:
-    """A quantized directory, if it is as it was when it was finished."""
+    """A quantized directory, if it is as it was when it was finished, or holds equal bytes."""
     if not (directory / name).is_dir():
         raise CheckpointError(f"{directory / name} is missing; make it with: {COMMANDS[name]}")
     try:
-        Manifest(directory).check(name)
+        _check(Manifest(directory), name)
     except CheckpointError as exc:
         raise CheckpointError(
-            f"{exc} (omnispeech verify --models {directory} {name}; made by: {COMMANDS[name]})"
+            f"{exc} (to check: omnispeech verify --models {directory} {name}; to make it again: "
+            f"{COMMANDS[name]} --overwrite)"
         ) from exc
     return directory / name
+
+
+def _check(manifest: Manifest, name: str) -> None:
+    """Quickly, and where that finds a difference, as after copying, by every byte."""
+    try:
+        manifest.check(name)
+    except CheckpointError as exc:
+        logger.info("%s", exc)
+        logger.info("comparing every byte of %s", name)
+        manifest.check(name, deep=True)
 
 
 def _tell_leftovers(directory: Path) -> None:
@@ -136,12 +148,16 @@ def verify(directory: Path, names: list[str], *, deep: bool = False) -> Iterator
     a difference, as after copying.
     """
     quantized = [name for name in COMMANDS if (directory / name).is_dir()]
-    for name in names or sorted({*Manifest(directory).names(), *quantized}):
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory} is no models directory; use --models")
+    given = [name.rstrip("/") for name in names]  # as a shell completes them
+    for name in given or sorted({*Manifest(directory).names(), *quantized}):
         try:
             _verify(directory, name, deep=deep)
             yield name, ""
         except CheckpointError as exc:
-            yield name, f"{exc} (made by: {COMMANDS[name]})" if name in COMMANDS else str(exc)
+            again = f" (to make it again: {COMMANDS.get(name)} --overwrite)"
+            yield name, f"{exc}{again if name in COMMANDS else ''}"
 
 
 def _verify(directory: Path, name: str, *, deep: bool) -> None:
@@ -150,12 +166,10 @@ def _verify(directory: Path, name: str, *, deep: bool) -> None:
         _check_headers(directory, name)
         manifest.enter(name, {"by": "omnispeech verify"})
         return
-    try:
-        manifest.check(name, deep=deep)
-    except CheckpointError:
-        if deep:
-            raise
+    if deep:
         manifest.check(name, deep=True)
+    else:
+        _check(manifest, name)
 
 
 def _check_headers(directory: Path, name: str) -> None:

@@ -3,6 +3,7 @@
 The weight is repacked into the form of its kernel, and only that form stays in memory.
 """
 
+import re
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -28,10 +29,11 @@ KERNELS = {
     "gemv": "torch",
     "gemv_fast": "torch",
 }
-# names that others know, and the package that has such a kernel
+# names that others know, and the package that has such a kernel; any case, with or without _
 FOREIGN = {
     "marlin": "gptqmodel",
     "exllama": "gptqmodel",
+    "exllama_v2": "gptqmodel",
     "ipex": "intel_extension_for_pytorch",
     "gemlite": "gemlite",
 }
@@ -123,16 +125,23 @@ class QuantizedLinear(nn.Module):
 
 def known_kernel(name: str) -> str:
     """torch or reference. Raises ConfigError for every name that means neither."""
+    plain = {_plain(known): known for known in (*KERNELS, *FOREIGN)}
+    name = plain.get(_plain(name), name)
     if name in KERNELS:
         return KERNELS[name]
     here = f"kernels here: {', '.join(KERNELS)}"
     if name not in FOREIGN:
         raise ConfigError(f"unknown kernel {name!r}; {here}")
     package = FOREIGN[name]
-    state = (
-        "is installed, but not used by this server" if find_spec(package) else "is not installed"
+    state = "installed" if find_spec(package) else "not installed"
+    raise ConfigError(
+        f"kernel {name!r} is one of the package {package} ({state}), which this server does not "
+        f"use; {here}"
     )
-    raise ConfigError(f"kernel {name!r} comes with the package {package}, which {state}; {here}")
+
+
+def _plain(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
 
 
 def _build(weight: QuantizedWeight, device: torch.device, kind: str) -> tuple[Matmul, str]:

@@ -26,8 +26,8 @@ __all__ = [
 
 Tensors = Mapping[str, Tensor]  # by suffix: qweight, qzeros, scales, g_idx
 
-GEMM_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble p, from the lowest, holds this one of 8 columns
-GEMM_ORDER_BACK = [0, 4, 1, 5, 2, 6, 3, 7]
+# which two of eight columns each byte of a word holds, from the lowest nibble up
+GEMM_PAIRS = ((0, 2), (4, 6), (1, 3), (5, 7))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +124,23 @@ def split_fields(words: Tensor, bits: int) -> Tensor:
     return torch.stack([octets & 15, octets >> 4], dim=-1).flatten(-2)
 
 
-def _reorder(fields: Tensor, order: list[int]) -> Tensor:
-    """[R, M] -> the same with every eight neighbours in the given order."""
-    return fields.view(len(fields), -1, len(order))[..., order].flatten(1)
+def _join_columns(fields: Tensor) -> Tensor:
+    """[N, R] codes of four bits -> [R, N / 8] int32, eight columns of a GEMM file in each."""
+    eights = fields.view(-1, 8, fields.shape[1])
+    pairs = (eights[:, low] | (eights[:, high] << 4) for low, high in GEMM_PAIRS)
+    octets = torch.stack(list(pairs), dim=1).flatten(0, 1)  # [N / 2, R]
+    return octets.t().flatten().view(torch.int32).view(fields.shape[1], -1)
+
+
+def _split_columns(words: Tensor) -> Tensor:
+    """Inverse of `_join_columns`. Whole bytes change places, half as many as there are codes."""
+    octets = words.flatten().view(torch.uint8).view(len(words), -1).t().contiguous()
+    octets = octets.view(-1, 4, len(words))  # [N / 8, 4, R]
+    eights = octets.new_empty(len(octets), 8, len(words))
+    for place, (low, high) in enumerate(GEMM_PAIRS):
+        torch.bitwise_and(octets[:, place], 15, out=eights[:, low])
+        torch.bitwise_right_shift(octets[:, place], 4, out=eights[:, high])
+    return eights.flatten(0, 1)
 
 
 def _gemm_shapes(scheme: Scheme, n: int, k: int) -> dict[str, tuple[int, ...]]:
@@ -136,16 +150,16 @@ def _gemm_shapes(scheme: Scheme, n: int, k: int) -> dict[str, tuple[int, ...]]:
 
 def _pack_gemm(weight: QuantizedWeight, scheme: Scheme) -> dict[str, Tensor]:
     return {
-        "qweight": join_fields(_reorder(weight.codes.t().contiguous(), GEMM_ORDER), 4),
-        "qzeros": join_fields(_reorder(weight.zeros.t().contiguous(), GEMM_ORDER), 4),
+        "qweight": _join_columns(weight.codes),
+        "qzeros": _join_columns(weight.zeros),
         "scales": weight.scales.t().contiguous(),
     }
 
 
 def _unpack_gemm(tensors: Tensors, scheme: Scheme) -> QuantizedWeight:
     return QuantizedWeight(
-        codes=_reorder(split_fields(tensors["qweight"], 4), GEMM_ORDER_BACK).t().contiguous(),
-        zeros=_reorder(split_fields(tensors["qzeros"], 4), GEMM_ORDER_BACK).t().contiguous(),
+        codes=_split_columns(tensors["qweight"]),
+        zeros=_split_columns(tensors["qzeros"]),
         scales=tensors["scales"].t().contiguous(),
         bits=4,
     )

@@ -27,6 +27,9 @@ from omnispeech.quantization.memory import MemoryMonitor, available_memory
 from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.output import (
     Piece,
+    check_place,
+    check_replaceable,
+    is_filled,
     sync_tree,
     write_configs,
     write_json,
@@ -94,12 +97,15 @@ def run_autoawq(job: AutoAWQJob, output: Path) -> Mapping[str, Any] | None:
     AutoAWQ is not installed, the model does not fit, or another result is in the way, and
     CheckpointError if AutoAWQ fails or its files are not what it held in memory.
     """
+    check_place(output.absolute(), job.source.directory)
+    if job.settings.overwrite:
+        check_replaceable(output)
     awq = _import_awq()
     _check_memory(job.source)
     signature = job.signature()
     if job.settings.dry_run:
         return None
-    if output.exists() and not job.settings.overwrite:
+    if is_filled(output) and not job.settings.overwrite:
         return _existing(output, signature)
     began = time.monotonic()
     with WorkDirectory.open(output, signature, restart=True) as work, MemoryMonitor() as monitor:

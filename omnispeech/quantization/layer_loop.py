@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from omnispeech.errors import ConfigError
+from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.models.qwen3 import Block
 from omnispeech.quantization.job import Job
 from omnispeech.quantization.memory import MemoryMonitor, return_memory
@@ -113,7 +113,10 @@ def _converted(job: Job, index: int, block: Block, streams: Streams) -> LayerRes
         floats = job.stream(streams, streams.floats)
         quantized = job.stream(streams, streams.quantized)
         kept = [name for name in LINEARS if prefix + name in job.conversion.kept]
-        result = job.build(job.method).quantize(block, floats, quantized, kept)
+        try:
+            result = job.build(job.method).quantize(block, floats, quantized, kept)
+        except CheckpointError as exc:  # a method knows no other layer
+            raise CheckpointError(f"layer {index}: {exc}") from exc
     plain = {name: to_half(tensor, prefix + name) for name, tensor in result.plain.items()}
     return replace(result, plain=plain)
 

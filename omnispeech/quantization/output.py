@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ import torch
 from torch import Tensor
 
 from omnispeech.checkpoint.files import replace_file
-from omnispeech.checkpoint.language import LanguageFiles
+from omnispeech.checkpoint.language import TOKENIZER_FILES, LanguageFiles
 from omnispeech.checkpoint.salient import FILE as SIDECAR
 from omnispeech.checkpoint.shards import INDEX, SINGLE
 from omnispeech.checkpoint.tensor_file import TensorFile, write_tensor_file
+from omnispeech.errors import ConfigError
 from omnispeech.layers.packing import Scheme
 from omnispeech.quantization.stored import half_in_place, tensor_digest
 
 HEAD = ("model.norm.weight", "lm_head.weight")  # behind the layers; all else stands before them
+REPLACEABLE = (*TOKENIZER_FILES, "*.safetensors", "*.json", "*.log", "*.py", SIDECAR.parts[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,34 @@ class Piece:
     @property
     def size(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def check_place(output: Path, original: Path) -> None:
+    """Raises ConfigError where no result can lie, and where it would replace the original."""
+    place, source = output.resolve(), original.resolve()
+    if place == source or place in source.parents:
+        raise ConfigError(f"{output} holds the original model; name another output")
+    there = next(path for path in (place, *place.parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{there} is no directory; name another output")
+    if there != place and not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{output} cannot be made: {there} is not writable; name another output")
+
+
+def check_replaceable(output: Path) -> None:
+    """Raises ConfigError for a directory with anything in it that no quantization has written."""
+    names = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    known = {n for n in names for pattern in REPLACEABLE if fnmatch(n, pattern)}
+    if strangers := sorted(names - known):
+        raise ConfigError(
+            f"{output} holds {strangers[0]}, which is of no quantized model; it is not "
+            "overwritten: remove the directory yourself, or name another output"
+        )
+
+
+def is_filled(directory: Path) -> bool:
+    """An empty directory, as Docker makes them for volumes, is in nobody's way."""
+    return directory.is_dir() and any(directory.iterdir())
 
 
 def write_directory(

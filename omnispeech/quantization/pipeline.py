@@ -23,6 +23,9 @@ from omnispeech.quantization.memory import MemoryMonitor, return_large_blocks, r
 from omnispeech.quantization.methods.layer_quantizer import build_method
 from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.output import (
+    check_place,
+    check_replaceable,
+    is_filled,
     quantization_config,
     sync_tree,
     write_directory,
@@ -69,9 +72,12 @@ def run(
     """
     progress = progress or Progress()
     output = output.absolute()
+    check_place(output, source.directory)
+    if settings.overwrite:
+        check_replaceable(output)
     conversion = plan_conversion(source, method, settings)
     signature = run_signature(source, calibration, method, conversion)
-    if output.exists() and not settings.overwrite and not settings.dry_run:
+    if is_filled(output) and not settings.overwrite and not settings.dry_run:
         return check_existing(output, signature)
     plan = make_plan(source, work_of(calibration), method, settings, output)
     progress.say(plan.lines())
@@ -132,7 +138,10 @@ def verify_directory(report: Report) -> None:
     output, data = report.output, report.data
     manifest = Manifest(output.parent)
     if output.name in manifest.names():
-        manifest.check(output.name, deep=True)
+        try:
+            manifest.check(output.name, deep=True)
+        except CheckpointError as exc:
+            raise CheckpointError(f"{exc}; quantize again with --overwrite") from exc
     check_digests(
         StoredModel(output, Scheme(**data["scheme"]), data["kept"]), data["digests"], output
     )

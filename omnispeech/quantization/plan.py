@@ -7,7 +7,7 @@ Everything that can be known to fail is found here, before the first hour of wor
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.layers.packing import Scheme, packed_dtypes, packed_shapes
 from omnispeech.quantization.memory import available_memory, resident_memory
 from omnispeech.quantization.methods.layer_quantizer import TRIAL_TOKENS
-from omnispeech.quantization.methods.settings import MethodSettings
+from omnispeech.quantization.methods.settings import GROUP_SIZES, MethodSettings
 from omnispeech.quantization.progress import duration
 from omnispeech.quantization.run_settings import RunSettings
 from omnispeech.quantization.selection import kept_modules, layer_linears, split_sets
@@ -104,6 +104,7 @@ def plan_conversion(
         *_target_problems(scheme, settings.target),
         *_shape_problems(source, scheme, settings.target, kept),
         *_split_problems(layers, kept),
+        *_empty_problems(layers, source, kept),
     ]
     if problems:
         raise ConfigError("the model cannot be quantized like this: " + "; ".join(problems))
@@ -187,10 +188,27 @@ def _shape_problems(
                 f"outputs, not {k} and {n}; use --target torch"
             )
             found.setdefault(text, []).append(name)
-    return [
+    problems = [
         f"{text} ({names[0]}" + (f" and {len(names) - 1} more)" if len(names) > 1 else ")")
         for text, names in found.items()
     ]
+    if problems and (sizes := _fitting_groups(source, scheme, kept)):
+        problems.append(f"group sizes that go: {', '.join(map(str, sizes))}")
+    return problems
+
+
+def _fitting_groups(source: LanguageFiles, scheme: Scheme, kept: Sequence[str]) -> list[int]:
+    shapes = {source.shape(f"{name}.weight") for name in _converted(source, kept)}
+
+    def fits(size: int) -> bool:
+        try:
+            for n, k in shapes:
+                packed_shapes(replace(scheme, group_size=size), n, k)
+        except CheckpointError:
+            return False
+        return True
+
+    return [] if fits(scheme.group_size) else [size for size in GROUP_SIZES if fits(size)]
 
 
 def _split_problems(layers: int, kept: Sequence[str]) -> list[str]:
@@ -203,6 +221,12 @@ def _split_problems(layers: int, kept: Sequence[str]) -> list[str]:
         + (f", and so in {len(split) - 1} more sets" if len(split) > 1 else "")
         + "; they read the same vectors: name all of them or none"
     ]
+
+
+def _empty_problems(layers: int, source: LanguageFiles, kept: Sequence[str]) -> Iterator[str]:
+    """Loaders take a file that calls itself quantized and is not for damaged."""
+    if not _converted(source, kept):
+        yield f"all {layers} layers are kept in float16; keep fewer with --keep-fp-layers"
 
 
 def _converted(source: LanguageFiles, kept: Sequence[str]) -> list[str]:

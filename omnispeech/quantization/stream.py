@@ -16,6 +16,7 @@ class Batch:
 
     x: Tensor  # [T, D] what the layer reads
     counted: Tensor  # [T] bool: tokens that statistics and losses are taken over
+    lengths: list[int]  # of the sequences, T together
     rotary: tuple[Tensor, Tensor]
     cache: KVCache  # of one layer
     layout: Layout
@@ -89,6 +90,7 @@ class Stream:
         return Batch(
             x=torch.cat([self.states[i] for i in indices]).to(self.device, torch.float32),
             counted=torch.cat([self.counted[i] for i in indices]).to(self.device),
+            lengths=lengths,
             rotary=c.rotary(layout.positions),
             cache=cache,
             layout=layout,

@@ -16,7 +16,6 @@ from omnispeech.errors import ConfigError
 from omnispeech.quantization.methods.settings import Duo, MethodName, MethodSettings
 from omnispeech.quantization.run_settings import (
     SHORTEST,
-    TARGETS,
     RunSettings,
     parse_layers,
     parse_size,
@@ -62,9 +61,9 @@ class Calibrate:
             raise ConfigError("--calib-text is text alone; give it, or --calib and --dataset")
         if self.seq_len < SHORTEST:
             raise ConfigError(f"--seq_len {self.seq_len}; allowed: {SHORTEST} or more")
-        for name in ("max_tokens", "max_samples"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}; allowed: 1 or more")
+        for flag, value in (("--max-tokens", self.max_tokens), ("--calib-size", self.max_samples)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{flag} {value}; allowed: 1 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +160,7 @@ def _method(args: argparse.Namespace, given: Mapping[str, Any]) -> MethodSetting
         compatible=args.compatible or args.engine == "autoawq",
         duo_scaling=_duo(args.duo_scaling),
         apply_clip=args.apply_clip,
-        search_step=_value(args, "search_step", 1),
+        search_step=_search_step(args),
         passes=_value(args, "iter", 1),
         desc_act=given.get("desc_act"),
         static_groups=args.static_groups or given.get("static_groups"),
@@ -169,6 +168,13 @@ def _method(args: argparse.Namespace, given: Mapping[str, Any]) -> MethodSetting
         dump_salient=args.dump_salient is not None or args.max_quality,
         **{name: given[name] for name in ("damping",) if name in given},
     )
+
+
+def _search_step(args: argparse.Namespace) -> int:
+    """--max_quality makes AWQ's grid denser; GPTQ has none."""
+    if args.gptq and args.search_step is None:
+        return 1
+    return int(_value(args, "search_step", 1))
 
 
 def _duo(text: str | None) -> Duo | None:
@@ -239,12 +245,12 @@ def _sequence_length(args: argparse.Namespace, environ: Mapping[str, str]) -> in
 def _run(
     args: argparse.Namespace, given: Mapping[str, Any], layout: str | None, calibrate: Calibrate
 ) -> RunSettings:
-    if args.batch_size < 1:
-        raise ConfigError(f"--batch_size {args.batch_size}; allowed: 1 or more")
-    target = next(name for name in TARGETS if name.startswith(args.target))
+    for flag, value in (("--batch_size", args.batch_size), ("--batch-tokens", args.batch_tokens)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag} {value}; allowed: 1 or more")
     return RunSettings(
         layout=layout,
-        target=target,
+        target=args.target,
         keep_fp_layers=parse_layers(_value(args, "keep_fp_layers", "")),
         modules_to_not_convert=tuple(given.get("modules", ())),
         batch_tokens=args.batch_tokens or args.batch_size * min(calibrate.seq_len, SEQ_LEN),
@@ -257,8 +263,13 @@ def _run(
 
 def _writable(path: Path | None) -> Path | None:
     """Known now rather than when the work is done."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise ConfigError(f"--dump-salient {path}: {path.absolute().parent} is not a directory")
+    if path is None:
+        return None
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"--dump-salient {path}: {folder} is not a directory")
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise ConfigError(f"--dump-salient {path} cannot be written; name another file")
     return path
 
 

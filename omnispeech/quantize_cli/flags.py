@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from omnispeech.quantization.run_settings import TARGETS
 from omnispeech.quantize_cli.choices import MAX_TOKENS, SEQ_LEN
 
 
@@ -56,7 +57,7 @@ def add_quality(parser: argparse.ArgumentParser) -> None:
     add(
         group,
         "--target",
-        choices=("torch", "vllm", "sglang", "transformers"),
+        choices=TARGETS,
         default="torch",
         help="what will run it: its kernels decide what is allowed",
     )

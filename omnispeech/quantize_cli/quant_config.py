@@ -35,7 +35,7 @@ def read_quant_config(text: str, *, gptq: bool) -> dict[str, Any]:
     Raises ConfigError for what is no JSON object, and for keys and types that are not known.
     """
     try:
-        raw = json.loads(text)
+        raw = json.loads(text, parse_constant=_no_number)
     except ValueError as exc:
         raise ConfigError(f"--quant_config is not valid JSON: {exc}") from exc
     if not isinstance(raw, dict):
@@ -51,6 +51,10 @@ def read_quant_config(text: str, *, gptq: bool) -> dict[str, Any]:
         if value is not None:
             check_agreement(values, name, _checked(key, value, kind), "--quant_config")
     return _without_fixed(values)
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def check_agreement(values: dict[str, Any], name: str, value: Any, where: str) -> None:

@@ -15,6 +15,7 @@ from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.checkpoint.shards import weight_files
 from omnispeech.errors import ConfigError
 from omnispeech.quantization import autoawq_engine
+from omnispeech.quantization.output import check_place
 from omnispeech.quantization.pipeline import run
 from omnispeech.quantization.plan import plan_conversion
 from omnispeech.quantization.push import check_repository, push_to_hub
@@ -48,6 +49,7 @@ def quantize_model(
     say(*chosen.remarks)
     if chosen.push_to:
         check_repository(chosen.push_to)
+    check_place(output, source.directory)
     device = choose_device(chosen.device)
     settings = replace(chosen.run, device=str(device))
     if chosen.engine == "autoawq":
@@ -55,7 +57,14 @@ def quantize_model(
     else:
         # misfits are told before the sound is encoded
         plan_conversion(source, chosen.method, settings)
-        outcome = _natively(source, calibrate(device), chosen, settings, output)
+        try:
+            calibration = calibrate(device)
+        except torch.OutOfMemoryError as exc:
+            raise ConfigError(
+                "the device is out of memory while the models hear the calibration data; use "
+                "--device cpu, or free the device"
+            ) from exc
+        outcome = _natively(source, calibration, chosen, settings, output)
     if outcome is None:
         say("dry run: nothing was written")
         return None

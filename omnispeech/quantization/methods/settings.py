@@ -119,6 +119,10 @@ class MethodSettings:
             raise ConfigError(
                 f"duo_scaling shapes AWQ's channel scales; {self.method} has none: drop it"
             )
+        if self.method == "gptq" and (self.search_step != 1 or self.apply_clip is not None):
+            raise ConfigError(
+                "search_step and apply_clip are of AWQ's search; GPTQ has none: drop them"
+            )
         if self.method == "gptq" and self.zero_point:
             raise ConfigError("GPTQ files are symmetric here; leave zero_point out")
         if self.method == "gptq" and self.rounding == "rtn":

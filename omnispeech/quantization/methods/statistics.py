@@ -59,7 +59,12 @@ class Moments:
 def observe(
     block: Block, branch: Branch, stream: Stream, names: Sequence[str]
 ) -> dict[str, Moments]:
-    """Moments of the inputs of some linears of a branch, in one pass over the tokens."""
+    """Moments of the inputs of some linears of a branch, in one pass over the tokens.
+
+    Sums grow sequence by sequence: summed batch by batch their last bits would follow the size of
+    the micro-batch, and rounding with compensation makes other codes of that.
+    """
+    lengths: list[int] = []
     counted = torch.empty(0)
     moments: dict[str, Moments] = {}
 
@@ -69,14 +74,16 @@ def observe(
         moments[name] = Moments(module.in_features, module.weight.device)
 
         def hear(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            moments[name].add(inputs[0][counted])
+            parts = torch.split(inputs[0], lengths)
+            for x, own in zip(parts, torch.split(counted, lengths), strict=True):
+                moments[name].add(x[own])
 
         return module.register_forward_pre_hook(hear)
 
     handles = [watch(name) for name in names]
     try:
         for batch in stream.batches():
-            counted = batch.counted
+            lengths, counted = batch.lengths, batch.counted
             branch.run(block, batch, branch.enter(block, batch))
     finally:
         for handle in handles:
