@@ -9,7 +9,7 @@ import torch
 
 from omnispeech.audio.features import MelConfig
 from omnispeech.checkpoint.decoder import load_decoder
-from omnispeech.checkpoint.files import held_bytes
+from omnispeech.checkpoint.files import held_bytes, size_text
 from omnispeech.checkpoint.models_directory import Sources, choose_sources
 from omnispeech.checkpoint.opens2s import LoadedOpenS2S, load_opens2s
 from omnispeech.engine.runner import LanguageModels, Models
@@ -82,8 +82,8 @@ def load_sources(
 def _load_decoder(path: Path, device: torch.device) -> SpeechDecoder:
     began = time.perf_counter()
     decoder = load_decoder(path, device)
-    size = (held_bytes(decoder.flow) + held_bytes(decoder.hift)) / 1e9
-    logger.info("speech decoder loaded (%.2f GB, %.1f s)", size, time.perf_counter() - began)
+    size = held_bytes(decoder.flow) + held_bytes(decoder.hift)
+    logger.info("speech decoder loaded (%s, %.1f s)", size_text(size), time.perf_counter() - began)
     return decoder
 
 
@@ -95,7 +95,7 @@ def _tell_total(models: Models, device: torch.device, dtype: torch.dtype, second
         modules = (models.language.lm, models.decoder.flow, models.decoder.hift)
         what, size = "memory of the weights", sum(map(held_bytes, modules))
     name = str(dtype).removeprefix("torch.")
-    logger.info("Total %s: %.2f GB, on %s in %s (%.1f s)", what, size / 1e9, device, name, seconds)
+    logger.info("Total %s: %s, on %s in %s (%.1f s)", what, size_text(size), device, name, seconds)
 
 
 def language_models(

@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_tiny(commands.add_parser("tiny", help="write small random checkpoints"))
     _add_parity(commands.add_parser("parity", help="compare with golden numbers of the originals"))
     _add_verify(commands.add_parser("verify", help="check quantized models against the manifest"))
+    _add_forget(commands.add_parser("forget", help="take deleted models out of the manifest"))
     return _run(parser, arguments)
 
 
@@ -209,16 +210,38 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="directories; default: all that are known"
     )
-    parser.add_argument("--models", metavar="DIR", help="default: OMNISPEECH_MODELS, or /models")
+    _add_models(parser)
     parser.add_argument("--deep", action="store_true", help="compare every byte")
 
 
-def _verify(args: argparse.Namespace) -> int:
-    from omnispeech.checkpoint.models_directory import verify
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--models", metavar="DIR", help="default: OMNISPEECH_MODELS, or /models")
 
-    place = build_config(PlaceConfig, {"models": args.models}, {})
+
+def _verify(args: argparse.Namespace) -> int:
+    from omnispeech.verification import verify
+
     status = 0
-    for name, problem in verify(Path(place.models), args.names, deep=args.deep):
-        sys.stdout.write(f"{name}: {problem or 'whole'}\n")
-        status = 1 if problem else status
+    for verdict in verify(_models(args), args.names, deep=args.deep):
+        sys.stdout.write(f"{verdict.name}: {verdict.words}\n")
+        status = status if verdict.whole else 1
     return status
+
+
+def _models(args: argparse.Namespace) -> Path:
+    return Path(build_config(PlaceConfig, {"models": args.models}, {}).models)
+
+
+def _add_forget(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_forget)
+    parser.add_argument("names", nargs="+", metavar="NAME", help="directories that are gone")
+    _add_models(parser)
+
+
+def _forget(args: argparse.Namespace) -> int:
+    from omnispeech.checkpoint.manifest import Manifest
+
+    for name in args.names:
+        Manifest(_models(args)).forget(name.rstrip("/"))
+        sys.stdout.write(f"{name}: forgotten\n")
+    return 0

@@ -36,7 +36,9 @@ class PlaceConfig:
         "auto", "which LLM of the models directory; auto: the first there of awq, gptq, 8bit, bf16"
     )
     speech_lm: Literal["bf16", "awq"] = setting("bf16", "bf16: as in the checkpoint of the LLM")
-    kernel: str = setting("auto", "of quantized linears: auto, reference, torch, ...")
+    kernel: str = setting(
+        "auto", "of quantized linears: auto and torch compute in bfloat16, reference exactly"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

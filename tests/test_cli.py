@@ -149,7 +149,8 @@ def test_a_spoken_question_is_answered_by_a_quantized_model(
         one.close()
     shown = "".join(one.lines)
     assert all(line.replace("MODELS", str(quantized)) in shown for line in lines)
-    assert re.search(r"Total memory of the weights: \d+\.\d\d GB", shown)
+    assert re.search(r"Total memory of the weights: [1-9]\d*\.\d (kB|MB)", shown)
+    assert not re.search(r"\b0\.0* [kMG]B", shown)
 
 
 def test_sigterm_ends_the_server_cleanly(models: Path) -> None:
@@ -259,7 +260,7 @@ def test_help_of_the_worker_shows_every_setting(capsys: pytest.CaptureFixture[st
     assert all(f"\n{title}:\n" in shown for title in ("engine", "speech decoder", "server"))
 
 
-@pytest.mark.parametrize("command", ["say", "chat", "tiny", "verify"])
+@pytest.mark.parametrize("command", ["say", "chat", "tiny", "verify", "forget"])
 def test_every_option_has_a_help_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "client": BASE | {"audio", "microphone"},
     "assembly": ANYTHING,
     "speech_calibration": ANYTHING,
+    "verification": ANYTHING,
     "parity": ANYTHING,
     "quantize_cli": ANYTHING,
     "cli": ANYTHING,

@@ -147,7 +147,7 @@ def test_the_config_of_a_part_leaves_nothing_to_defaults(changeable: Path) -> No
         "rope_scaling": None,
         "rms_norm_eps": 1e-6,
         "max_position_embeddings": 32768,
-        "head_dim": 16,
+        "head_dim": 32,
         "num_key_value_heads": 2,
         "tie_word_embeddings": False,
         "hidden_act": "silu",

@@ -11,12 +11,21 @@ from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.models.qwen3 import Block, Qwen3Config
 from omnispeech.quantization.method import LayerResult
 from omnispeech.quantization.methods import layer_quantizer
-from omnispeech.quantization.methods.branches import ATTENTION, BRANCHES, MLP, Branch, Trial, linear
+from omnispeech.quantization.methods.branches import (
+    ATTENTION,
+    BRANCHES,
+    MLP,
+    SHARE,
+    Branch,
+    Originals,
+    Trial,
+    linear,
+)
 from omnispeech.quantization.methods.grid import Rule
 from omnispeech.quantization.methods.layer_quantizer import build_method
 from omnispeech.quantization.methods.scales import Search, final_fit, fold_into_norm, fold_into_rows
 from omnispeech.quantization.methods.settings import MethodSettings
-from omnispeech.quantization.methods.statistics import Moments, output_energy
+from omnispeech.quantization.methods.statistics import Moments, observe, output_energy
 from omnispeech.quantization.stream import Stream
 
 WIDTH, INNER, TOKENS = 64, 128, 40
@@ -199,7 +208,7 @@ def test_each_judge_can_bring_plain_rounding_back(
         losses = itertools.count()
         monkeypatch.setattr(Trial, "loss", lambda self: float(next(losses)))
     else:
-        monkeypatch.setattr(layer_quantizer, "relative_losses", lambda *_: (2.0, 1.0))
+        monkeypatch.setattr(layer_quantizer, "losses_of_rows", lambda *_: (2.0, 1.0))
     result = quantize(make_block())
     assert {report.notes["fallback"] for report in result.linears.values()} == {"nearest"}
 
@@ -236,6 +245,47 @@ def test_folding_scales_changes_nothing(kind: str, branch: Branch) -> None:
     norm = branch.norm_of(block).weight
     assert torch.equal(norm, norm.half().float())
     torch.testing.assert_close(norm, 1 / scales, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_float_weights_are_remembered_exactly_in_what_they_were_stored_in(
+    stored: torch.dtype,
+) -> None:
+    block = make_block().to(stored).float()
+    floats = Originals(block, MLP)
+    assert floats._kept["mlp.up_proj.weight"].dtype == stored
+    before = block.mlp.up_proj.weight.clone()
+    floats.weight("mlp.up_proj").zero_()
+    block.mlp.up_proj.weight.mul_(0.7)
+    assert torch.equal(floats.weight("mlp.up_proj", slice(5, 9)), before[5:9])
+    floats.restore()
+    assert torch.equal(block.mlp.up_proj.weight, before)
+
+
+@pytest.mark.parametrize("branch", BRANCHES, ids=lambda b: b.module)
+def test_trial_tells_the_error_of_the_output_and_leaves_weights_alone(branch: Branch) -> None:
+    block, heard = make_block(), stream()
+    trial = Trial(block, branch, heard, 10**6)
+    before = [parameter.clone() for parameter in block.parameters()]
+    assert trial.loss_with([branch.last], lambda rows: 0.5 * rows) == pytest.approx(0.25)
+    assert all(map(torch.equal, block.parameters(), before))
+    assert trial.loss() == 0
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 4000])
+def test_sequences_longer_than_what_an_mlp_takes_are_heard_whole(batch_tokens: int) -> None:
+    block = make_block()
+    heard = stream(3, batch_tokens=batch_tokens)
+    torch.manual_seed(4)
+    heard.states[1] = torch.randn(2 * SHARE + 7, WIDTH)
+    heard.counted[1] = torch.rand(len(heard.states[1])) > 0.3
+    found = observe(block, MLP, heard, [MLP.readers[0], MLP.last])
+    x = torch.cat([MLP.enter(block, b)[b.counted] for b in heard.batches()])
+    x = block.post_attention_layernorm(x)
+    inner = torch.nn.functional.silu(block.mlp.gate_proj(x)) * block.mlp.up_proj(x)
+    for name, inputs in ((MLP.readers[0], x), (MLP.last, inner)):
+        assert found[name].tokens == len(x)
+        torch.testing.assert_close(found[name].gram, inputs.T @ inputs / len(x))
 
 
 def test_biases_are_kept() -> None:
@@ -415,13 +465,13 @@ def test_dump_names_the_loud_channels() -> None:
     ("settings", "message"),
     [
         ({"method": "hqq"}, "method is 'hqq'; allowed: awq, gptq, rtn"),
-        ({"bits": 3}, "bits is 3; allowed: 4, 8"),
-        ({"group_size": 48}, "group_size is 48; allowed: 32, 64, 128, 256, -1"),
-        ({"search_step": 0}, "search_step is 0"),
-        ({"search_step": 1.5}, "search_step is 1.5"),
-        ({"passes": 0}, "passes is 0"),
-        ({"damping": 0.0}, "damping is 0.0"),
-        ({"salient_quota": 0.9, "rounding": "rtn"}, "salient_quota is 0.9"),
+        ({"bits": 3}, "--bits is 3; allowed: 4, 8"),
+        ({"group_size": 48}, "--q-group-size is 48; allowed: 32, 64, 128, 256, -1"),
+        ({"search_step": 0}, "--search-step is 0"),
+        ({"search_step": 1.5}, "--search-step is 1.5"),
+        ({"passes": 0}, "--iter is 0"),
+        ({"damping": 0.0}, "damp_percent is 0.0"),
+        ({"salient_quota": 0.9, "rounding": "rtn"}, "--salient-quota is 0.9"),
         ({"bits": 8, "zero_point": True}, "8-bit AWQ has no zero points"),
         ({"compatible": True, "rounding": "gptq"}, "recipe rounds to nearest"),
         ({"compatible": True, "duo_scaling": "both"}, "searches one grid"),
@@ -431,7 +481,7 @@ def test_dump_names_the_loud_channels() -> None:
         ({"compatible": True, "dump_salient": True}, "knows no salient columns"),
         ({"method": "rtn", "passes": 2}, "rtn rounds once"),
         ({"method": "gptq", "zero_point": True}, "symmetric"),
-        ({"method": "gptq", "rounding": "rtn"}, "use method rtn"),
+        ({"method": "gptq", "rounding": "rtn"}, "method rtn"),
         ({"method": "gptq", "duo_scaling": "on"}, "gptq has none"),
         ({"method": "rtn", "rounding": "gptq"}, "rtn rounds to nearest"),
         (
@@ -439,7 +489,7 @@ def test_dump_names_the_loud_channels() -> None:
             "--desc-act has no effect on round-to-nearest AWQ; "
             "use --rounding gptq or drop the flag",
         ),
-        ({"method": "rtn", "static_groups": True}, "static_groups has no effect"),
+        ({"method": "rtn", "static_groups": True}, "--static-groups has no effect"),
         (
             {"salient_quota": 0.004},
             "salient columns are already compensated; "

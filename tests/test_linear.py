@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.layers import int4_matmul
 from omnispeech.layers.int4_matmul import LARGE_BATCH, Int4Matmul, find_tile, learn_tile
+from omnispeech.layers.int8_matmul import SMALL_BATCH
 from omnispeech.layers.linear import QuantizedLinear, Salient, known_kernel
 from omnispeech.layers.packing import QuantizedWeight
 
@@ -69,7 +70,7 @@ def error(y: Tensor, expected: Tensor) -> float:
     return float((y.float() - expected).norm() / expected.norm())
 
 
-BATCHES = [1, 2, 7, LARGE_BATCH["cpu"], LARGE_BATCH["cpu"] + 1, 300]
+BATCHES = [1, 2, SMALL_BATCH, SMALL_BATCH + 1, LARGE_BATCH["cpu"], LARGE_BATCH["cpu"] + 1, 300]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -112,10 +113,25 @@ def test_int8_kernel_computes_the_reference_at_every_batch(
     linear = build(weight)
     assert linear.kernel_name == "torch int8"
     assert torch.equal(linear.dequantize(), weight.dequantize())
-    tolerance = FLOAT32 if dtype == torch.float32 else BFLOAT16
     for rows in BATCHES:
         x = inputs(rows, k, dtype)
-        assert error(linear(x), x.float() @ weight.dequantize().T) < tolerance, rows
+        y = linear(x)
+        assert y.dtype == dtype and y.shape == (rows, 72)
+        assert error(y, x.float() @ weight.dequantize().T) < BFLOAT16, rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (8, 64), (8, 512), (8, 8)])
+def test_the_precision_of_a_kernel_is_the_same_for_every_batch(
+    bits: int, group_size: int, dtype: torch.dtype
+) -> None:
+    weight = random_weight(192, 512, group_size, bits, zero=2 ** (bits - 1))
+    kernel, exact = build(weight), build(weight, "reference")
+    for rows in BATCHES:
+        x = inputs(rows, 512, dtype)
+        expected = x.float() @ weight.dequantize().T
+        assert BFLOAT16 / 6 < error(kernel(x), expected) < BFLOAT16, rows
+        assert error(exact(x), expected) < TOLERANCE[dtype], rows
 
 
 @pytest.mark.parametrize("kernel", ["auto", "reference"])

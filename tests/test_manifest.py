@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,44 @@ def test_files_that_came_in_addition_do_no_harm(models: Path) -> None:
     manifest.check("awq", deep=True)
 
 
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: path.write_text("shortened")])
+def test_reports_for_people_may_change_or_go(
+    models: Path, change: Callable[[Path], object], deep: bool
+) -> None:
+    reports = [models / "awq" / f"quantization_report.{kind}" for kind in ("json", "log")]
+    for path in reports:
+        path.write_text("the mean loss was small")
+    manifest = entered(models)
+    for path in reports:
+        change(path)
+    touch(models / "awq/config.json")
+    manifest.check("awq", deep=True)
+    manifest.check("awq", deep=deep)
+    assert "quantization_report.json" in manifest.entry("awq").files
+
+
+def test_what_is_gone_is_forgotten_and_nothing_else(models: Path) -> None:
+    manifest = entered(models)
+    fill(models / "gptq")
+    manifest.enter("gptq", {})
+    with pytest.raises(CheckpointError, match="awq is still there; delete it first"):
+        manifest.forget("awq")
+    shutil.rmtree(models / "awq")
+    manifest.forget("awq")
+    assert manifest.names() == ["gptq"]
+    with pytest.raises(CheckpointError, match="awq is not in"):
+        manifest.forget("awq")
+
+
+def test_a_link_to_nowhere_is_not_forgotten(models: Path) -> None:
+    manifest = entered(models)
+    (models / "awq").rename(models / "elsewhere")
+    (models / "awq").symlink_to(models / "unmounted")
+    with pytest.raises(CheckpointError, match="awq is still there"):
+        manifest.forget("awq")
+
+
 def test_entering_again_replaces_the_entry(models: Path) -> None:
     manifest = entered(models)
     (models / "awq/config.json").unlink()
@@ -148,7 +187,7 @@ def test_an_empty_directory_is_not_entered(models: Path) -> None:
     [
         ("{", "is not valid JSON"),
         ("[]", "holds list instead of an object"),
-        ('{"format": 2, "entries": {}}', "has format 2; known: 1"),
+        ('{"format": 2, "entries": {}}', "has format 2; known: 1; .* or move the file away"),
         ('{"entries": {}}', "has format None; known: 1"),
         ('{"format": 1}', "is damaged"),
         ('{"format": 1, "entries": []}', "is damaged"),
@@ -180,6 +219,17 @@ def test_a_manifest_that_cannot_be_written_is_named(
     monkeypatch.setattr("omnispeech.checkpoint.manifest.replace_file", no_room)
     with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
         Manifest(models).enter("awq", MADE)
+
+
+def test_nothing_is_forgotten_where_the_manifest_cannot_be_written(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = entered(models)
+    (models / "awq").rename(models / "elsewhere")
+    monkeypatch.setattr("omnispeech.checkpoint.manifest.replace_file", no_room)
+    with pytest.raises(CheckpointError, match="cannot be written: No space left on device"):
+        manifest.forget("awq")
+    assert manifest.names() == ["awq"]
 
 
 def test_a_deep_check_needs_no_place_to_write(

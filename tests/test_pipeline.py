@@ -154,15 +154,24 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is True
 
 
-def test_a_value_beyond_float16_is_an_error_that_names_the_tensor(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+@pytest.mark.parametrize(("value", "found"), [(1e5, "99840"), (float("nan"), "nan")])
+def test_a_value_that_float16_cannot_hold_is_told_with_its_row_before_the_first_layer(
+    name: str, value: float, found: str, tmp_path: Path
+) -> None:
     source = language_model(tmp_path / "model")
     path = tmp_path / "model/model.safetensors"
     tensors = load_file(path)
-    tensors["model.embed_tokens.weight"][95, 3] = 1e5
+    tensors[name][95, 3] = value
     save_file(tensors, path)
-    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight has values .*99840"):
-        quantize(LanguageFiles.open(tmp_path / "model"), tmp_path / "out")
-    assert not (tmp_path / "out").exists() and source
+    spy = type("OneSpy", (Spy,), {"seen": []})
+    named = rf"{name} has values .*{found}, the first such in row 95;"
+    with pytest.raises(CheckpointError, match=named):
+        quantize(LanguageFiles.open(tmp_path / "model"), tmp_path / "out", build=spy)
+    assert not (tmp_path / "out").exists() and not spy.seen
+    tensors[name][95, 3] = source.read(name, torch.bfloat16)[95, 2]
+    save_file(tensors, path)
+    quantize(LanguageFiles.open(tmp_path / "model"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("default", [True, False], ids=["default method", "rounding"])
@@ -256,8 +265,12 @@ def test_only_the_failed_layer_is_repeated(source: LanguageFiles, tmp_path: Path
 def test_a_device_too_small_for_64_tokens_is_an_error(
     source: LanguageFiles, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="layer 0 even with sequences of 64 tokens"):
+    log = tmp_path / "out.partial/quantization_report.log"
+    with pytest.raises(ConfigError, match=rf"layer 0 even with sequences of 64 tokens.*{log}"):
         quantize(source, tmp_path / "out", build=device(60), given=long_calibration(source))
+    assert "out of memory at layer 0" in log.read_text()
+    reduced = "sequences reduced from 300 to 64 tokens (out of memory), micro-batch 64 tokens"
+    assert reduced in log.read_text()
 
 
 def test_a_run_continued_after_out_of_memory_is_the_same(
@@ -289,6 +302,15 @@ def test_a_run_continued_after_out_of_memory_is_the_same(
 )
 def test_what_is_tried_next(batch_tokens: int, longest: int, then: tuple[int, int] | None) -> None:
     assert layer_loop.smaller(batch_tokens, longest) == then
+
+
+def test_salient_columns_are_reported_without_being_asked_for(
+    source: LanguageFiles, tmp_path: Path
+) -> None:
+    method = MethodSettings(group_size=32)
+    report = quantize(source, tmp_path / "out", method=method, build=build_method)
+    notes = report.data["layers"][2]["linears"]["mlp.down_proj"]["notes"]
+    assert len(notes["salient"]["columns"]) == 32
 
 
 def test_samples_that_do_not_count_are_heard_but_not_judged(

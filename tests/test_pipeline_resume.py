@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,12 +14,22 @@ from typing import Any
 
 import pytest
 from language_model_files import METHOD, calibration, language_model
-from quantization_runs import Spy, contents, crashing, device, flip_last_byte, full_disk, quantize
+from quantization_runs import (
+    LOG,
+    Rounding,
+    Spy,
+    contents,
+    crashing,
+    device,
+    flip_last_byte,
+    full_disk,
+    quantize,
+)
 
 from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.errors import CheckpointError, ConfigError
-from omnispeech.quantization import state
+from omnispeech.quantization import layer_loop, state
 from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.pipeline import run
 from omnispeech.quantization.progress import Progress
@@ -110,10 +122,85 @@ def test_a_partial_of_other_settings_is_not_continued(
     method = MethodSettings(method="rtn", group_size=64)
     with pytest.raises(ConfigError, match=r"method\.group_size was 32 and is 64.*--restart"):
         quantize(source, interrupted, method=method)
-    with pytest.raises(ConfigError, match="calibration was"):
+    with pytest.raises(ConfigError, match=r"the calibration data differ \(--calib, --seq_len"):
         quantize(source, interrupted, given=calibration(source, seed=2))
-    with pytest.raises(ConfigError, match="kept was"):
+    with pytest.raises(
+        ConfigError, match="kept in float16 was no linear of a layer and is layer 0;"
+    ):
         quantize(source, interrupted, keep_fp_layers=(0,))
+
+
+def test_an_interrupted_run_leaves_a_log_of_its_layers_and_memory(interrupted: Path) -> None:
+    log = (partial_path(interrupted) / LOG).read_text()
+    assert log.startswith("not finished: 2 of 3 layers; KeyboardInterrupt\n")
+    assert re.search(r"layer 1: \d+\.\d s, peak memory \d", log) and "layer 2: " not in log
+    assert "micro-batch 2048 tokens" in log
+
+
+def test_a_run_killed_in_its_first_layer_has_left_a_log(
+    source: LanguageFiles, tmp_path: Path
+) -> None:
+    logs = []
+
+    class Killed(Rounding):
+        def quantize(self, *_: Any, **__: Any) -> Any:
+            logs.append((partial_path(tmp_path / "out") / LOG).read_text())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, tmp_path / "out", build=Killed)
+    assert "not finished: 0 of 3 layers\n" in logs[0] and "peak memory" in logs[0]
+
+
+def test_a_log_that_cannot_be_written_does_not_hide_the_error(
+    source: LanguageFiles, tmp_path: Path
+) -> None:
+    def full(path: Path, text: str) -> None:
+        if "out of memory" in text:
+            raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_loop, "write_text", full)
+        with pytest.raises(ConfigError, match="out of memory at layer 0"):
+            quantize(source, tmp_path / "out", build=device(0))
+
+
+def test_a_default_that_is_asked_for_is_no_other_run(
+    source: LanguageFiles, interrupted: Path
+) -> None:
+    asked = MethodSettings(
+        method="rtn", group_size=32, zero_point=True, rounding="rtn", dump_salient=True
+    )
+    quantize(source, interrupted, method=asked)
+    assert quantize(source, interrupted).found
+    other = MethodSettings(method="rtn", group_size=32, zero_point=False)
+    with pytest.raises(ConfigError, match=r"method\.zero_point was True and is False"):
+        quantize(source, interrupted, method=other)
+
+
+def test_restart_throws_away_what_cannot_be_read(source: LanguageFiles, interrupted: Path) -> None:
+    (partial_path(interrupted) / "signature.json").write_text("{garbled")
+    with pytest.raises(CheckpointError, match=r"signature\.json"):
+        quantize(source, interrupted)
+    quantize(source, interrupted, restart=True)
+
+
+def test_a_partial_without_a_layer_is_in_no_way(source: LanguageFiles, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkDirectory, "save_streams", crashing(lambda *_: None, 0, True))
+        with pytest.raises(KeyboardInterrupt):
+            quantize(source, tmp_path / "out")
+    quantize(source, tmp_path / "out", method=MethodSettings(method="rtn", group_size=64))
+
+
+def test_a_manifest_that_cannot_be_read_is_told_before_the_work(
+    source: LanguageFiles, tmp_path: Path
+) -> None:
+    (tmp_path / "omnispeech-manifest.json").write_text("{garbled")
+    spy = type("OneSpy", (Spy,), {"seen": []})
+    with pytest.raises(CheckpointError, match=r"omnispeech-manifest\.json.*omnispeech verify"):
+        quantize(source, tmp_path / "out", build=spy)
+    assert not spy.seen and not partial_path(tmp_path / "out").exists()
 
 
 def test_restart_throws_the_partial_away(source: LanguageFiles, interrupted: Path) -> None:
@@ -226,6 +313,59 @@ def test_overwrite_replaces_a_result_only_by_a_finished_one(
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"model", "out"}
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_an_older_result_is_never_lost_between_two_names(
+    overwrite: bool, source: LanguageFiles, tmp_path: Path
+) -> None:
+    quantize(source, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    method = MethodSettings(method="rtn", group_size=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "rename", crashing(os.rename, 0, before=False))
+        with pytest.raises(KeyboardInterrupt):
+            quantize(source, tmp_path / "out", method=method, overwrite=True)
+    assert not (tmp_path / "out").exists()
+    if overwrite:
+        quantize(source, tmp_path / "out", method=method, overwrite=True)
+        assert quantize(source, tmp_path / "out", method=method).found
+    else:
+        assert quantize(source, tmp_path / "out").found
+        assert contents(tmp_path / "out") == before
+    assert not (tmp_path / ".out.replaced").exists()
+
+
+def test_a_result_replaced_but_not_removed_goes_with_the_next_run(
+    source: LanguageFiles, tmp_path: Path
+) -> None:
+    quantize(source, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    shutil.copytree(tmp_path / "out", tmp_path / ".out.replaced")
+    (tmp_path / ".out.replaced/config.json").write_text("old")
+    assert quantize(source, tmp_path / "out").found
+    assert contents(tmp_path / "out") == before and not (tmp_path / ".out.replaced").exists()
+
+
+def test_an_output_that_is_a_link_stays_one(
+    source: LanguageFiles, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    place = tmp_path / "disk/place"
+    place.mkdir(parents=True)
+    (tmp_path / "out").symlink_to(place)
+    quantize(source, tmp_path / "out")
+    assert (tmp_path / "out").readlink() == place
+    assert contents(place) == expected
+    method = MethodSettings(method="rtn", group_size=64)
+    quantize(source, tmp_path / "out", method=method, overwrite=True)
+    Manifest(tmp_path).check("out", deep=True)
+    assert [path.name for path in place.parent.iterdir()] == ["place"]
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+        "disk",
+        "model",
+        "out",
+        "undisturbed",
+    }
+
+
 def test_a_run_stopped_before_the_manifest_is_finished_by_the_next(
     source: LanguageFiles, tmp_path: Path
 ) -> None:
@@ -238,7 +378,7 @@ def test_a_run_stopped_before_the_manifest_is_finished_by_the_next(
     assert not partial_path(tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("count", range(9))
+@pytest.mark.parametrize("count", range(10))
 def test_a_run_stopped_while_it_cleans_up_is_finished_by_the_next(
     source: LanguageFiles, count: int, tmp_path: Path
 ) -> None:
@@ -272,3 +412,30 @@ def test_a_dry_run_leaves_nothing(source: LanguageFiles, tmp_path: Path) -> None
     )
     assert "layout gemm, 4 bits" in progress.getvalue()
     assert {path.name for path in tmp_path.iterdir()} == {"model"}
+
+
+def planned(source: LanguageFiles, output: Path, method: MethodSettings = METHOD) -> str:
+    said = io.StringIO()
+    settings = RunSettings(dry_run=True)
+    run(source, calibration(source), method, settings, output, progress=Progress(said))
+    return said.getvalue()
+
+
+def test_a_dry_run_tells_what_is_there_already(
+    source: LanguageFiles, interrupted: Path, tmp_path: Path
+) -> None:
+    other = MethodSettings(method="rtn", group_size=64)
+    assert "out.partial is of an interrupted run, which goes on" in planned(source, interrupted)
+    assert re.search(
+        r"out\.partial .* not this one \(.*group_size was 32 and is 64\): --restart",
+        planned(source, interrupted, other),
+    )
+    quantize(source, interrupted)
+    assert "out is there already: what is asked for" in planned(source, interrupted)
+    assert re.search(
+        r"out is there already: not what is asked for \(.*group_size was 32 and is 64\); --overw",
+        planned(source, interrupted, other),
+    )
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters/letter.txt").write_text("dear")
+    assert "letters is there already: no finished result" in planned(source, tmp_path / "letters")

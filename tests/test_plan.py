@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from omnispeech.quantization.memory import available_memory
 from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.plan import Plan, Work, make_plan, plan_conversion
 from omnispeech.quantization.run_settings import RunSettings, parse_layers, parse_size
-from omnispeech.quantization.selection import LINEARS, kept_modules
+from omnispeech.quantization.selection import LINEARS, kept_modules, kept_text, layer_linears
 
 HERE = Path(__file__).parent
 WORK = Work(tokens=1000, longest=200)
@@ -113,7 +114,7 @@ def test_eight_bits_do_not_fit_the_awq_layout(source: LanguageFiles) -> None:
 
 @pytest.mark.parametrize(
     ("room", "message"),
-    [("available_memory", "memory .* of 0.00 GB free: use fewer calibration tokens")],
+    [("available_memory", "memory .* of 1.0 kB free: use fewer calibration tokens")],
 )
 def test_too_little_memory_is_refused(
     room: str, message: str, source: LanguageFiles, monkeypatch: pytest.MonkeyPatch
@@ -299,3 +300,22 @@ def test_limits_of_the_first_version_count(machine: tuple[Path, Path]) -> None:
     assert available_memory(*machine) == 4000
     write(folder / "memory.limit_in_bytes", f"{2**63 - 4096}\n")
     assert available_memory(*machine) == 8_000_000 * 1024
+
+
+@pytest.mark.parametrize(
+    ("kept", "text"),
+    [
+        ((), "no linear of a layer"),
+        (layer_linears(3), "layer 3"),
+        ((*layer_linears(0), *layer_linears(11)), "layers 0, 11"),
+        (layer_linears(3)[3:4], "model.layers.3.self_attn.o_proj"),
+        ((*layer_linears(0), layer_linears(2)[3]), "layer 0 and model.layers.2.self_attn.o_proj"),
+        (
+            [layer_linears(i)[3] for i in range(5)],
+            "5 linears: model.layers.0.self_attn.o_proj, model.layers.1.self_attn.o_proj, "
+            "model.layers.2.self_attn.o_proj ...",
+        ),
+    ],
+)
+def test_whole_layers_that_are_kept_are_told_by_number(kept: Sequence[str], text: str) -> None:
+    assert kept_text(kept) == text

@@ -3,17 +3,20 @@
 import io
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from language_model_files import METHOD, calibration, language_model
-from quantization_runs import quantize
+from language_model_files import METHOD, Rounding, calibration, language_model
+from quantization_runs import device, quantize
 from safetensors.torch import load_file
 
+from omnispeech.checkpoint.files import size_text
 from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.quantization import memory
 from omnispeech.quantization.memory import MemoryMonitor, Peak, resident_memory
+from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.pipeline import run
 from omnispeech.quantization.progress import Progress, duration
 from omnispeech.quantization.report import Report
@@ -77,9 +80,56 @@ def test_both_reports_lie_in_the_directory_and_agree(report: Report) -> None:
     data = json.loads((report.output / "quantization_report.json").read_text())
     assert data == report.data
     assert f"mean loss {report.loss:.4g} over 14 linears" in text
-    assert "final sequence length 64, micro-batch 2048 tokens" in text
+    assert "longest sequence 64 (not reduced), micro-batch 2048 tokens" in text
+    assert text.startswith("\n".join(report.summary_lines()) + "\n\nlayer 0: ")
     assert "unquantized modules: model.layers.1.self_attn.q_proj" in text
     assert text.count("layer ") >= 3 and "layer 1: " in text
+
+
+def test_the_limit_of_sequences_and_what_they_were_reduced_to_are_told(
+    source: LanguageFiles, tmp_path: Path
+) -> None:
+    given = replace(calibration(source, (100, 80)), seq_len=128)
+    whole = quantize(source, tmp_path / "whole", given=given)
+    assert "longest sequence 100 (limit 128, not reduced), micro-batch" in str(whole.lines())
+    cut = quantize(source, tmp_path / "cut", given=given, build=device(64))
+    assert "sequences reduced from 100 to 64 tokens (out of memory), micro-batch 64" in str(
+        cut.lines()
+    )
+
+
+def test_tokens_that_do_not_count_are_explained(report: Report, source: LanguageFiles) -> None:
+    repeated = "calibration tokens: text 122; 122 of 128 tokens count, the rest repeat what an"
+    assert repeated in str(report.summary_lines())
+    given = replace(calibration(source), tokens={"audio": 28, "text": 100})
+    again = quantize(source, report.output.with_name("again"), given=given)
+    assert "calibration tokens: audio 28, text 100" in again.summary_lines()
+
+
+@pytest.mark.parametrize(("compatible", "model"), [(True, "float"), (False, "quantized")])
+def test_the_model_that_losses_are_judged_on_is_told(
+    compatible: bool, model: str, source: LanguageFiles, tmp_path: Path
+) -> None:
+    method = MethodSettings(method="rtn", group_size=32, compatible=compatible)
+    report = quantize(source, tmp_path / "out", method=method)
+    assert f", on what the {model} model computes" in str(report.summary_lines())
+
+
+def test_the_memory_of_the_calibration_is_told(source: LanguageFiles, tmp_path: Path) -> None:
+    report = run(
+        source,
+        calibration(source),
+        METHOD,
+        RunSettings(),
+        tmp_path / "out",
+        progress=Progress(io.StringIO()),
+        build=Rounding,
+        calibration_peak=Peak(5_000_000_000, 2_000_000_000),
+    )
+    assert report is not None
+    told = "calibration: peak memory 5.00 GB, peak device memory 2.00 GB"
+    assert told in report.summary_lines()
+    assert report.data["measured"]["peak_ram"] < 5_000_000_000
 
 
 # --- progress
@@ -129,9 +179,7 @@ def test_one_bar_on_a_terminal() -> None:
     progress.say(["layer 2: out of memory"])
     assert out.getvalue().endswith("layer 2: out of memory\n")
     progress.layer(4, None, Peak(0, 2_000_000_000))
-    assert shown(out.getvalue()).endswith(
-        "layer 4/4 kept, memory 0.00 GB, device 2.00 GB, 0 s left"
-    )
+    assert shown(out.getvalue()).endswith("layer 4/4 kept, memory 0.0 kB, device 2.00 GB, 0 s left")
     progress.finish()
     assert out.getvalue().endswith("\n")
 
@@ -142,6 +190,14 @@ def test_one_bar_on_a_terminal() -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0.0 kB"), (51_234, "51.2 kB"), (3_400_000, "3.4 MB"), (1_500_000_000, "1.50 GB")],
+)
+def test_sizes_are_never_rounded_to_nothing(size: int, text: str) -> None:
+    assert size_text(size) == text
 
 
 # --- memory

@@ -4,6 +4,7 @@ import pytest
 from command_models import chosen
 
 from omnispeech.errors import ConfigError
+from omnispeech.quantize_cli.remarks import remarks
 
 
 def test_the_defaults_are_those_of_the_guides() -> None:
@@ -81,6 +82,20 @@ def test_the_number_of_samples_is_shared_among_the_sets() -> None:
         (["--dataset", "nowhere", "--calib-text", "x"], "text alone"),
         (["--dump-salient", "nowhere/outlier.json"], "nowhere is not a directory"),
         (["--engine", "autoawq", "--no-zero-point"], "can be loaded"),
+        (["--iter", "0"], "--iter is 0"),
+        (["--q-group-size", "100"], "--q-group-size is 100; allowed: 32"),
+        (["--gptq", "--gptq_group_size", "100"], "--gptq_group_size is 100"),
+        (["--quant_config", '{"q_group_size": 100}'], "q_group_size in --quant_config is 100"),
+        (
+            ["--quant_config", '{"q_group_size": 64}', "--q-group-size", "32"],
+            "--q-group-size is 32 and q_group_size in --quant_config is 64",
+        ),
+        (["--quant_config", '{"bits": 4, "bits": 8}'], "'bits' is there twice"),
+        (["--compatible", "--max_quality"], "drop --iter, --search-step and --max_quality"),
+        (["--gptq", "--salient-quota", "0.004"], "--rounding rtn with --awq"),
+        (["--private"], "add --push-to-hub"),
+        (["--calib-split", "train"], "add --dataset"),
+        (["--gptq", "--static-groups"], "add --gptq_desc_act"),
     ],
 )
 def test_what_has_no_sound_meaning_is_refused_with_the_reason(
@@ -94,8 +109,8 @@ def test_what_has_no_sound_meaning_is_refused_with_the_reason(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--batch-tokens", "0"), "--batch-tokens 0; allowed: 1 or more"),
-        (("--calib-size", "0"), "--calib-size 0; allowed: 1 or more"),
+        (("--batch-tokens", "0"), "--batch-tokens is 0; allowed: 1 or more"),
+        (("--calib-size", "0"), "--calib-size is 0; allowed: 1 or more"),
         (("--gptq", "--search-step", "2"), "are of AWQ's search"),
         (("--gptq", "--apply_clip"), "are of AWQ's search"),
         (("--gptq", "--quant_config", '{"damp_percent": NaN}'), "is not valid JSON: NaN"),
@@ -107,6 +122,40 @@ def test_a_value_that_means_nothing_is_refused_by_its_flag(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         chosen(*flags)
+
+
+def test_a_value_of_the_environment_is_refused_by_its_variable() -> None:
+    with pytest.raises(ConfigError, match="SEQ_LEN of the environment is 10; allowed: 64"):
+        chosen(SEQ_LEN="10")
+    with pytest.raises(ConfigError, match="FORCE_CPU=1 of the environment hides every GPU"):
+        chosen("--device", "cuda", FORCE_CPU="1")
+
+
+def test_splits_and_static_groups_that_have_an_effect_are_taken() -> None:
+    assert chosen("--calib", "c4", "--calib-split", "test").calibrate.splits == ("test",)
+    assert chosen("--dataset", "c4").calibrate.splits == ("train", "valid")
+    assert chosen("--gptq", "--static-groups", "--gptq_desc_act").method.fixed_groups
+
+
+@pytest.mark.parametrize(
+    ("flags", "said", "not_said"),
+    [
+        ([], ["layers 0, 1, -1 stay float", "up to 40 times", "--rounding rtn --salient"], []),
+        (["--iter", "3", "--keep-fp-layers", "2"], ["layer 2 stays", "up to 3 times"], ["40"]),
+        (["--search-step", "5"], ["5 times the grid"], []),
+        (["--gptq"], ["--awq --rounding rtn --salient"], ["grid"]),
+        (["--rounding", "rtn"], ["--salient-quota 0.004 stores"], ["GPTQ rounding"]),
+        (["--rounding", "rtn", "--salient-quota", "0.01"], ["read by omnispeech"], ["no residu"]),
+        (["--force_cpu"], [], ["GPU"]),
+        (["--seq_len", "512", "--calib-size", "9"], ["9 samples of up to 512"], ["16384"]),
+    ],
+)
+def test_remarks_on_max_quality_are_true_of_what_was_chosen(
+    flags: list[str], said: list[str], not_said: list[str]
+) -> None:
+    text = "\n".join(remarks(chosen("--max_quality", *flags)))
+    assert all(part in text for part in said), text
+    assert not any(part in text for part in not_said), text
 
 
 def test_max_quality_has_no_grid_with_gptq_and_the_target_is_named_as_in_errors() -> None:

@@ -20,9 +20,10 @@ from command_models import (
     write_originals,
 )
 
+from omnispeech.checkpoint.files import size_text
 from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.quantization.methods import layer_quantizer
-from omnispeech.quantize_cli import commands, opens2s, runs
+from omnispeech.quantize_cli import calibrate, commands, runs
 
 ROOT = Path(__file__).parent.parent
 
@@ -131,10 +132,11 @@ def test_the_result_is_pushed_when_it_is_finished(
 def test_a_misfit_is_told_before_any_sound_is_heard(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard: list[Any] = []
-    monkeypatch.setattr(opens2s, "of_llm", lambda *given: heard.append(given))
-    assert quantize_llm(models, "--q-group-size", "128") == 2
-    assert not heard
+    def hear(*_: object, **__: object) -> None:
+        raise AssertionError("the sound was heard")
+
+    monkeypatch.setattr(calibrate, "speech_calibration", hear)
+    assert quantize_llm(models, "--q-group-size", "256") == 2
 
 
 # stopped and continued
@@ -209,17 +211,18 @@ def test_figures_are_measured_from_the_files(
     said = capsys.readouterr().out
     full = sum(path.stat().st_size for path in (models / "OpenS2S").glob("*.safetensors"))
     made = (models / "OpenS2S-llm-awq" / "model.safetensors").stat().st_size
-    assert f"Original checkpoint (full): {full / 1e9:.5f} GB" in said
-    assert f"Quantized LLM only: {made / 1e9:.5f} GB" in said
+    assert f"Original checkpoint (full): {size_text(full)}" in said
+    assert f"Quantized LLM only: {size_text(made)}" in said
     assert f"Compression ratio: {full / made:.2f}x" in said
     assert "calibration tokens: text" in said
 
 
 def test_a_failure_is_no_success(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (models / "OpenS2S" / "config.json").unlink()
-    assert quantize_llm(models) == 1
+    assert quantize_llm(models) == 2
     said = capsys.readouterr()
-    assert "config.json is missing" in said.err and "SUCCESS" not in said.out
+    assert "config.json is missing" in said.err and "omnispeech tiny" in said.err
+    assert said.out == ""
 
 
 def test_the_llm_has_a_directory_for_each_method(models: Path, text: list[str]) -> None:
@@ -261,7 +264,7 @@ def test_the_whole_model_is_written_once_and_then_only_checked(
     assert once(models) == 0
     said = capsys.readouterr().out
     size = sum(p.stat().st_size for p in (models / "OpenS2S-8bit").rglob("*") if p.is_file())
-    assert f"8-bit model: {size / 1e9:.5f} GB" in said and "docker restart" in said
+    assert f"8-bit model: {size_text(size)}" in said and "docker restart" in said
     before = (models / "omnispeech-manifest.json").read_bytes()
     assert once(models) == 0
     assert "checked again" in capsys.readouterr().out

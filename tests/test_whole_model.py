@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantization_runs import crashing
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.layers.linear import QuantizedLinear
 from omnispeech.layers.packing import unpack
 from omnispeech.quantization import whole_model
+from omnispeech.quantization.state import give_name
 from omnispeech.quantization.whole_model import (
     KEY,
     SCHEME,
@@ -245,12 +247,40 @@ def test_an_older_model_is_replaced_only_when_asked_and_only_by_a_whole_one(mode
     assert not (models / "OpenS2S-8bit" / "mark").exists()
 
 
+def test_an_older_model_is_never_lost_between_two_names(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(models)
+    (models / "OpenS2S-8bit" / "mark").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(whole_model, "give_name", stopped_between)
+        with pytest.raises(KeyboardInterrupt):
+            make(models, overwrite=True)
+    assert not (models / "OpenS2S-8bit").exists()
+    with pytest.raises(ConfigError, match="--overwrite"):
+        make(models)
+    assert (models / "OpenS2S-8bit" / "mark").exists()
+
+
+def stopped_between(result: Path, output: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "rename", crashing(os.rename, 0, before=False))
+        give_name(result, output)
+
+
+def test_a_manifest_that_cannot_be_read_is_told_before_the_work(models: Path) -> None:
+    (models / "omnispeech-manifest.json").write_text("{garbled")
+    with pytest.raises(CheckpointError, match="omnispeech verify"):
+        make(models)
+    assert {path.name for path in models.iterdir()} == {"OpenS2S", "omnispeech-manifest.json"}
+
+
 def test_a_disk_without_room_is_found_before_the_work(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(models)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(CheckpointError, match="GB left"):
+    with pytest.raises(CheckpointError, match="left; make room"):
         make(models)
 
 

@@ -26,6 +26,7 @@ class Calibration:
     tokens: Mapping[str, int]  # counted tokens of each kind: text, audio, ...
     sources: tuple[str, ...]  # where they are from, for the report
     digest: str  # sha256 of everything above: a run is only continued with the same
+    seq_len: int | None = None  # most positions that a sample could have; None: no limit
 
 
 class Collector:
@@ -68,6 +69,7 @@ class Collector:
             tokens=dict(sorted(self._tokens.items())),
             sources=tuple(dict.fromkeys(sources)),
             digest=_digest(self._samples),
+            seq_len=self._seq_len,
         )
 
     def _take(self, vectors: Tensor, kinds: Sequence[str]) -> None:

@@ -92,3 +92,10 @@ def held_bytes(model: nn.Module) -> int:
     tensors = [t for t in (*model.parameters(), *model.buffers()) if not t.is_meta]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def size_text(size: int) -> str:
+    """Of bytes: 1_500_000_000 -> 1.50 GB, 3_400_000 -> 3.4 MB, 51_200 -> 51.2 kB"""
+    if size >= 10**8:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.1f} MB" if size >= 10**6 else f"{size / 1e3:.1f} kB"

@@ -1,7 +1,8 @@
 """`omnispeech-manifest.json`: which directories of a models directory are whole, and their files.
 
 A directory is entered when it is complete. Later it counts only while it is as it was entered:
-files that came in addition do no harm, one that changed or went does.
+files that came in addition do no harm, one that changed or went does. Reports for people to read
+are entered as well, but nothing that runs reads them: they may change or go.
 """
 
 import fcntl
@@ -9,10 +10,11 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,9 @@ logger = logging.getLogger(__name__)
 FILE_NAME = "omnispeech-manifest.json"
 FORMAT = 1
 PIECE = 1 << 24  # bytes hashed at a time
+REPORTS = ("*.log", "quantization_report.json")
+
+Entries = dict[str, "ManifestEntry"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,15 @@ class ManifestEntry:
     made: Mapping[str, Any]  # what made it: command, settings, source
     entered: str  # date and time in UTC, ISO 8601
     files: Mapping[str, FileRecord]  # by path inside the directory, with forward slashes
+
+    @property
+    def compared(self) -> dict[str, FileRecord]:
+        """Those that a model needs: all but reports."""
+        return {
+            file: record
+            for file, record in self.files.items()
+            if not any(fnmatch(file, pattern) for pattern in REPORTS)
+        }
 
 
 class Manifest:
@@ -74,28 +88,38 @@ class Manifest:
         try:
             self._put(name, entry)
         except OSError as exc:
-            raise CheckpointError(f"{self.path} cannot be written: {exc.strerror}") from exc
+            raise self._unwritable(exc) from exc
         return entry
+
+    def forget(self, name: str) -> None:
+        """Takes out the entry of a directory that is gone; raises CheckpointError for any other."""
+        self.entry(name)
+        if os.path.lexists(self._directory / name):
+            raise CheckpointError(f"{self._directory / name} is still there; delete it first")
+        try:
+            self._change(lambda entries: entries.pop(name, None))
+        except OSError as exc:
+            raise self._unwritable(exc) from exc
 
     def check(self, name: str, deep: bool = False) -> None:
         """Raises CheckpointError, with the file, if the directory is not as it was entered.
 
         By names, sizes and times of change; `deep` hashes every file instead, and accepts equal
-        bytes that were copied or restored at another time.
+        bytes that were copied or restored at another time. Reports are not looked at.
         """
         entry = self.entry(name)
         directory = self._directory / name
-        for file, record in entry.files.items():
+        for file, record in entry.compared.items():
             self._check_size(directory / file, record)
         if not deep:
             self._check_times(directory, entry)
             return
-        found = {file: _record(directory / file) for file in entry.files}
-        for file, record in entry.files.items():
+        found = {file: _record(directory / file) for file in entry.compared}
+        for file, record in entry.compared.items():
             if found[file].sha256 != record.sha256:
                 raise self._changed(directory / file, "its bytes have changed; make it again")
-        if found != entry.files:
-            self._renew(name, ManifestEntry(entry.made, entry.entered, found))
+        if found != entry.compared:
+            self._renew(name, ManifestEntry(entry.made, entry.entered, {**entry.files, **found}))
 
     def _check_size(self, path: Path, record: FileRecord) -> None:
         if not path.is_file():
@@ -106,7 +130,7 @@ class Manifest:
             )
 
     def _check_times(self, directory: Path, entry: ManifestEntry) -> None:
-        for file, record in entry.files.items():
+        for file, record in entry.compared.items():
             if (directory / file).stat().st_mtime_ns != record.mtime_ns:
                 raise self._changed(
                     directory / file,
@@ -124,9 +148,16 @@ class Manifest:
         except OSError as exc:
             logger.warning("%s cannot be written (%s); %s is whole", self.path, exc, name)
 
+    def _unwritable(self, exc: OSError) -> CheckpointError:
+        return CheckpointError(f"{self.path} cannot be written: {exc.strerror}")
+
     def _put(self, name: str, entry: ManifestEntry) -> None:
+        self._change(lambda entries: entries.update({name: entry}))
+
+    def _change(self, change: Callable[[Entries], object]) -> None:
         with self._locked():
-            entries = {**self._read(), name: entry}
+            entries = self._read()
+            change(entries)
             raw = {"format": FORMAT, "entries": {n: asdict(entries[n]) for n in sorted(entries)}}
             text = json.dumps(raw, indent=1, ensure_ascii=False) + "\n"
             replace_file(self.path, lambda path: _write(path, text))
@@ -138,7 +169,7 @@ class Manifest:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _read(self) -> dict[str, ManifestEntry]:
+    def _read(self) -> Entries:
         if not self.path.exists():
             return {}
         try:
@@ -150,7 +181,8 @@ class Manifest:
         if raw.get("format") != FORMAT:
             raise CheckpointError(
                 f"{self.path} has format {raw.get('format')!r}; known: {FORMAT}; "
-                "use the version of omnispeech that wrote it"
+                "use the version of omnispeech that wrote it, or move the file away and let "
+                "`omnispeech verify` of this version write its own"
             )
         try:
             return {name: _entry(value) for name, value in raw["entries"].items()}

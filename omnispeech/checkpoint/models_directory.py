@@ -6,16 +6,13 @@ not is an error, never a reason to take another precision.
 
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from omnispeech.checkpoint.manifest import Manifest
-from omnispeech.checkpoint.opens2s import plan_opens2s
-from omnispeech.checkpoint.quantized import plan_causal_lm
+from omnispeech.checkpoint.quantized import read_quantization
 from omnispeech.errors import CheckpointError, ConfigError
+from omnispeech.json_file import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +24,12 @@ COMMANDS = {
     "OpenS2S-llm-gptq": "python quantize_llm_awq.py --gptq",
     "OpenS2S-8bit": "python quantize_model_once.py",
     "OpenS2S-speech-lm-awq": "python quantize_llm_awq.py --part speech_lm",
+}
+METHODS = {
+    "OpenS2S-llm-awq": "awq",
+    "OpenS2S-llm-gptq": "gptq",
+    "OpenS2S-8bit": "int8",
+    "OpenS2S-speech-lm-awq": "awq",
 }
 
 
@@ -46,8 +49,7 @@ def choose_sources(directory: Path, llm: str = "auto", speech_lm: str = "bf16") 
     llm: bf16, awq, gptq, 8bit, or auto: the first of awq, gptq, 8bit and bf16 that is there.
     speech_lm: awq, or bf16: the one that the model of the LLM brings.
     """
-    if directory.name in (OPENS2S, DECODER) and (directory.parent / OPENS2S).is_dir():
-        raise CheckpointError(f"{directory} is one level too deep; use --models {directory.parent}")
+    _check_level(directory)
     if speech_lm not in ("bf16", *SPEECH_LMS):
         raise ConfigError(f"--speech-lm {speech_lm!r}; allowed: bf16, {', '.join(SPEECH_LMS)}")
     _tell_leftovers(directory)
@@ -56,12 +58,21 @@ def choose_sources(directory: Path, llm: str = "auto", speech_lm: str = "bf16") 
     return Sources(base=base, decoder=_need(directory, DECODER), llm=chosen, speech_lm=speech)
 
 
+def _check_level(directory: Path) -> None:
+    names = (OPENS2S, DECODER, *METHODS)
+    inside = any(os.path.lexists(directory / name) for name in names)
+    if directory.name in names and directory.is_dir() and not inside:
+        raise CheckpointError(f"{directory} is one level too deep; use --models {directory.parent}")
+
+
 def choose_llm(directory: Path, name: str) -> tuple[Path, Path | None]:
     """The directory of the whole model, and that of an LLM to take in place of its own."""
     known = (*LLMS, "8bit", "bf16")
     if name not in ("auto", *known):
         raise ConfigError(f"--llm {name!r}; allowed: auto, {', '.join(known)}")
     chosen = _best(directory) if name == "auto" else name
+    if name == "auto" and chosen != "awq":
+        logger.info("No AWQ-quantized LLM found; tip: make one with: %s", COMMANDS[LLMS["awq"]])
     if chosen in LLMS:
         llm = _verified(directory, LLMS[chosen])
         return _base(directory), llm
@@ -69,15 +80,25 @@ def choose_llm(directory: Path, name: str) -> tuple[Path, Path | None]:
         return _eight_bit(directory), None
     original = _original(directory)
     logger.info("Using original model: %s", original)
-    if name == "auto":
-        logger.info("No AWQ-quantized LLM found; tip: make one with: %s", COMMANDS[LLMS["awq"]])
     return original, None
 
 
 def _best(directory: Path) -> str:
-    """By what is there: whether it is whole is asked of the one that is taken."""
-    there = {"8bit": EIGHT_BIT, **LLMS}
-    return next((n for n in (*LLMS, "8bit") if os.path.lexists(directory / there[n])), "bf16")
+    """By what is there: whether it is whole is asked of the one that is taken.
+
+    Raises CheckpointError for one that was there: to take another precision needs a word.
+    """
+    entered = Manifest(directory).names()
+    for choice, name in {**LLMS, "8bit": EIGHT_BIT}.items():
+        if os.path.lexists(directory / name):
+            return choice
+        if name in entered:
+            raise CheckpointError(
+                f"{directory / name} is missing, but the manifest knows it; choose another with "
+                f"--llm, make it again with: {COMMANDS[name]}, or let it go with: "
+                f"omnispeech forget --models {directory} {name}"
+            )
+    return "bf16"
 
 
 def _base(directory: Path) -> Path:
@@ -94,16 +115,24 @@ def _eight_bit(directory: Path) -> Path:
 
 
 def _original(directory: Path) -> Path:
-    if not (directory / OPENS2S).is_dir() and (directory / EIGHT_BIT).is_dir():
+    missing = not os.path.lexists(directory / OPENS2S)
+    if missing and (directory / EIGHT_BIT).is_dir():
         raise CheckpointError(
             f"{directory / OPENS2S} is missing; {EIGHT_BIT} is there: use --llm 8bit or auto, "
             "or fetch the original again"
+        )
+    parts = [name for name in (*LLMS.values(), *SPEECH_LMS.values()) if (directory / name).is_dir()]
+    if missing and parts:
+        raise CheckpointError(
+            f"{directory / OPENS2S} is missing; {parts[0]} is one language model and still needs "
+            "the audio encoder, the adapters and the other language model from there: fetch "
+            f"{OPENS2S} again"
         )
     return _need(directory, OPENS2S)
 
 
 def _need(directory: Path, name: str) -> Path:
-    if not (directory / name).is_dir():
+    if not is_there(directory / name):
         raise CheckpointError(
             f"{directory / name} is missing; point --models or OMNISPEECH_MODELS at a models "
             f"directory, or make a small random one with: omnispeech tiny {directory}"
@@ -113,19 +142,42 @@ def _need(directory: Path, name: str) -> Path:
 
 def _verified(directory: Path, name: str) -> Path:
     """A quantized directory, if it is as it was when it was finished, or holds equal bytes."""
-    if not (directory / name).is_dir():
+    if not is_there(directory / name):
         raise CheckpointError(f"{directory / name} is missing; make it with: {COMMANDS[name]}")
+    manifest = Manifest(directory)
+    manifest.names()  # what is wrong with the manifest itself is no matter of one model
     try:
-        _check(Manifest(directory), name)
+        check(manifest, name)
     except CheckpointError as exc:
         raise CheckpointError(
             f"{exc} (to check: omnispeech verify --models {directory} {name}; to make it again: "
             f"{COMMANDS[name]} --overwrite)"
         ) from exc
+    check_method(directory / name)
     return directory / name
 
 
-def _check(manifest: Manifest, name: str) -> None:
+def is_there(path: Path) -> bool:
+    """Raises CheckpointError for what is no directory, and for a link that leads nowhere."""
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(f"{path} is a link to {path.readlink()}, which is not there")
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is no directory; it should hold a model: move it away")
+    return path.exists()
+
+
+def check_method(path: Path) -> None:
+    """Raises CheckpointError for weights that are not what the name of the directory says."""
+    found = read_quantization(read_json(path / "config.json"))
+    method = found.method if found else "not quantized"
+    if method != METHODS[path.name]:
+        raise CheckpointError(
+            f"{path} should hold {METHODS[path.name]}, its config.json says {method}; "
+            "to keep it, give the directory its right name"
+        )
+
+
+def check(manifest: Manifest, name: str) -> None:
     """Quickly, and where that finds a difference, as after copying, by every byte."""
     try:
         manifest.check(name)
@@ -138,48 +190,3 @@ def _check(manifest: Manifest, name: str) -> None:
 def _tell_leftovers(directory: Path) -> None:
     for path in sorted(directory.glob("*.partial")):
         logger.info("%s is not finished and not used", path)
-
-
-def verify(directory: Path, names: list[str], *, deep: bool = False) -> Iterator[tuple[str, str]]:
-    """Checks directories of a models directory; yields the name and what is wrong, or "".
-
-    names: none for all that are entered or were quantized. A quantized one that is not entered is
-    entered if its headers fit. deep: every byte is compared; without it only if a quick look finds
-    a difference, as after copying.
-    """
-    quantized = [name for name in COMMANDS if (directory / name).is_dir()]
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory} is no models directory; use --models")
-    given = [name.rstrip("/") for name in names]  # as a shell completes them
-    for name in given or sorted({*Manifest(directory).names(), *quantized}):
-        try:
-            _verify(directory, name, deep=deep)
-            yield name, ""
-        except CheckpointError as exc:
-            again = f" (to make it again: {COMMANDS.get(name)} --overwrite)"
-            yield name, f"{exc}{again if name in COMMANDS else ''}"
-
-
-def _verify(directory: Path, name: str, *, deep: bool) -> None:
-    manifest = Manifest(directory)
-    if name not in manifest.names():
-        _check_headers(directory, name)
-        manifest.enter(name, {"by": "omnispeech verify"})
-        return
-    if deep:
-        manifest.check(name, deep=True)
-    else:
-        _check(manifest, name)
-
-
-def _check_headers(directory: Path, name: str) -> None:
-    """Raises CheckpointError unless all tensors of a quantized directory are there and fit."""
-    path, cpu = directory / name, torch.device("cpu")
-    if name not in COMMANDS or not path.is_dir():
-        raise CheckpointError(
-            f"{path} is not in the manifest, and no quantized model that could be entered; "
-            f"known: {', '.join(COMMANDS)}"
-        )
-    plan = plan_opens2s(path, cpu)[0] if name == EIGHT_BIT else plan_causal_lm(path, cpu)
-    if not plan.quantized:
-        raise CheckpointError(f"{path} holds nothing quantized; make it with: {COMMANDS[name]}")

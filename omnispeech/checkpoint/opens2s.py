@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from omnispeech.checkpoint.files import build_on_meta, held_bytes
+from omnispeech.checkpoint.files import build_on_meta, held_bytes, size_text
 from omnispeech.checkpoint.lora import merged
 from omnispeech.checkpoint.quantized import kernels_of, plan_causal_lm, read_quantization
 from omnispeech.checkpoint.shards import Shards
@@ -179,7 +179,7 @@ def _load(plan: WeightPlan, target: Target) -> None:
     logger.info("Loading %s from %s...", kind, plan.source)
     began = time.perf_counter()
     plan.load(target)
-    seconds, size = time.perf_counter() - began, held_bytes(plan.model) / 1e9
-    logger.info("%s loaded (%s%.2f GB, %.1f s)", kind, bits, size, seconds)
+    seconds, size = time.perf_counter() - began, held_bytes(plan.model)
+    logger.info("%s loaded (%s%s, %.1f s)", kind, bits, size_text(size), seconds)
     if kernels := kernels_of(plan.model):
         logger.info("kernels of its quantized linears: %s", kernels)

@@ -50,6 +50,10 @@ class Entry:
     size: int  # bytes
 
 
+class _UnknownType(Exception):
+    pass
+
+
 class TensorFile:
     """Reading is positional, so that threads and forked processes can share one object."""
 
@@ -129,6 +133,11 @@ class TensorFile:
             base = LENGTH + len(header)
             entries = {name: _entry(name, value, base) for name, value in raw.items()}
             _check_places(entries, base, self.size)
+        except _UnknownType as exc:
+            raise CheckpointError(
+                f"{self.path} holds {exc}, which this version cannot read; "
+                f"known: {', '.join(DTYPES)}"
+            ) from exc
         except (ValueError, RecursionError) as exc:
             raise self._damaged(str(exc)) from exc
         return metadata, entries
@@ -158,8 +167,10 @@ def _entry(name: str, raw: Any, base: int) -> Entry:
     if not isinstance(raw, dict) or raw.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"the header of {name!r} is not dtype, shape and data_offsets")
     kind, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
-    if not isinstance(kind, str) or kind not in DTYPES:
-        raise ValueError(f"{name!r} has dtype {kind!r}; known: {', '.join(DTYPES)}")
+    if not isinstance(kind, str):
+        raise ValueError(f"{name!r} has dtype {kind!r}")
+    if kind not in DTYPES:
+        raise _UnknownType(f"{name!r} as {kind}")
     if not (_whole(shape) and _whole(offsets) and len(offsets) == 2):
         raise ValueError(f"{name!r} has shape {shape!r} and data_offsets {offsets!r}")
     size = math.prod(shape) * DTYPES[kind].itemsize

@@ -1,7 +1,9 @@
 """Symmetric 8-bit weights, with one scale for each row or for each group of columns.
 
-A few rows on a CPU go through torch's int8 kernel, once for each group of columns; more rows are
-multiplied with weights that are dequantized a cache-full at a time.
+On a CPU all is computed in bfloat16, whatever x is, as torch's kernels for 4 bits do it: so the
+precision is the same for every batch. A few rows go through torch's int8 kernel, once for each
+group of columns; more rows are multiplied with weights that are dequantized a cache-full at a time.
+Elsewhere there is no kernel, and the dtype of x is computed in.
 """
 
 import torch
@@ -10,14 +12,14 @@ from torch import Tensor, nn
 from omnispeech.layers.packing import QuantizedWeight
 from omnispeech.layers.reference_matmul import multiply_in_shares
 
-# Up to here torch's kernel wins on a CPU, in bfloat16: measured, 4096 x 12288 on one core of an
-# EPYC 9004. In float32 it is six times slower than dequantizing.
-SMALL_BATCH = 10
+# Up to here torch's kernel wins: measured, 3072 x 4096 on one core of an EPYC 9004, in groups of
+# 128 columns and in whole rows.
+SMALL_BATCH = 16
 KERNEL_COLUMNS = 32  # the kernel reads so many at a time, without a look at where a row ends
 
 
 class Int8Matmul(nn.Module):
-    """x [T, K] -> [T, N] in the dtype of x."""
+    """x [T, K] -> [T, N] in the dtype of x, on a CPU computed in bfloat16."""
 
     name = "torch int8"
     codes: Tensor  # [G, N, K / G] int8
@@ -35,13 +37,12 @@ class Int8Matmul(nn.Module):
         self.register_buffer("scales", scales, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) <= SMALL_BATCH and self._kernel_takes(x):
-            return self._multiply_groups(x.to(torch.bfloat16)).to(x.dtype)
-        return multiply_in_shares(x, self._rows, self.codes.shape[1])
-
-    def _kernel_takes(self, x: Tensor) -> bool:
-        whole = self.codes.shape[2] % KERNEL_COLUMNS == 0
-        return whole and x.device.type == "cpu" and x.dtype != torch.float32
+        if x.device.type != "cpu":
+            return self._multiply_rows(x)
+        half = x.to(torch.bfloat16)
+        fits = self.codes.shape[2] % KERNEL_COLUMNS == 0
+        small = fits and len(x) <= SMALL_BATCH
+        return (self._multiply_groups(half) if small else self._multiply_rows(half)).to(x.dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[N, K]"""
@@ -51,6 +52,9 @@ class Int8Matmul(nn.Module):
         codes = self.codes[:, rows].transpose(0, 1).to(dtype)  # [N, G, K / G]
         scales = self.scales[:, rows].t().to(dtype)
         return codes.mul_(scales[..., None]).flatten(1)
+
+    def _multiply_rows(self, x: Tensor) -> Tensor:
+        return multiply_in_shares(x, self._rows, self.codes.shape[1])
 
     def _multiply_groups(self, x: Tensor) -> Tensor:
         groups, n, columns = self.codes.shape

@@ -70,7 +70,9 @@ class QuantizedLinear(nn.Module):
 
         dtype: of the bias; x may have any.
         kernel: a name of KERNELS. auto, torch: torch's own kernels for 4 and 8 bits where they
-            take the weight, the reference where not; `kernel_name` tells which, and why.
+            take the weight, the reference where not; `kernel_name` tells which, and why. They
+            compute in bfloat16 whatever x is, but for 8 bits on a GPU; the reference computes in
+            the dtype of x, from exact weights.
         salient: adds x[:, columns] @ (residual * scales).T (spec: quantization 7).
 
         Raises ConfigError for a kernel that is not here.

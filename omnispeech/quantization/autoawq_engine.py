@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnispeech.checkpoint.files import size_text
 from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.checkpoint.shards import Shards
@@ -35,9 +36,10 @@ from omnispeech.quantization.output import (
     write_json,
     write_shards,
 )
+from omnispeech.quantization.progress import duration
 from omnispeech.quantization.report import JSON, LOG, versions
 from omnispeech.quantization.run_settings import RunSettings
-from omnispeech.quantization.state import WorkDirectory, different
+from omnispeech.quantization.state import WorkDirectory, different, give_name, put_back
 
 INSTALL = "pip install 'omnispeech[autoawq]' && " + (
     "pip install --no-deps --no-build-isolation autoawq==0.2.9"
@@ -100,11 +102,13 @@ def run_autoawq(job: AutoAWQJob, output: Path) -> Mapping[str, Any] | None:
     check_place(output.absolute(), job.source.directory)
     if job.settings.overwrite:
         check_replaceable(output)
+    Manifest(output.parent).names()  # one that cannot be read is told before the work
     awq = _import_awq()
     _check_memory(job.source)
     signature = job.signature()
     if job.settings.dry_run:
         return None
+    put_back(output)
     if is_filled(output) and not job.settings.overwrite:
         return _existing(output, signature)
     began = time.monotonic()
@@ -121,9 +125,7 @@ def run_autoawq(job: AutoAWQJob, output: Path) -> Mapping[str, Any] | None:
             "measured": {"seconds": time.monotonic() - began, **asdict(monitor.total)},
         }
         _report(work.result, data)
-        if output.exists():
-            output.rename(work.path / "replaced")
-        work.result.rename(output)
+        give_name(work.result, output)
         work.remove()
     Manifest(output.parent).enter(output.name, signature)
     return data
@@ -171,7 +173,7 @@ def _check_memory(source: LanguageFiles) -> None:
     size = sum(torch.Size(source.shape(name)).numel() for name in names) * HALF
     if size * ROOM > (free := available_memory()):
         raise ConfigError(
-            f"AutoAWQ needs {size * ROOM / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free; "
+            f"AutoAWQ needs {size_text(round(size * ROOM))} of memory, {size_text(free)} are free; "
             "--engine native takes one layer at a time"
         )
 
@@ -257,8 +259,8 @@ def report_lines(data: Mapping[str, Any]) -> list[str]:
     return [
         f"engine {data['engine']}, calibrated on text alone",
         f"calibration tokens: text {data['calibration']['tokens']['text']}",
-        f"final sequence length {data['sequence_length']}",
+        f"longest sequence {data['sequence_length']}",
         f"loaded back: {data['compared']} tensors as AutoAWQ held them",
-        f"time {data['measured']['seconds']:.0f} s, peak memory "
-        f"{data['measured']['ram'] / 1e9:.2f} GB",
+        f"time {duration(data['measured']['seconds'])}, peak memory "
+        f"{size_text(data['measured']['ram'])}",
     ]

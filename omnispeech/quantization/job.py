@@ -1,7 +1,7 @@
 """What one quantization run works on."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from omnispeech.calibration.samples import Calibration
 from omnispeech.checkpoint.language import LanguageFiles
+from omnispeech.quantization.memory import Peak
 from omnispeech.quantization.method import Method
 from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.plan import Conversion, stream_dtype
@@ -30,6 +31,7 @@ class Job:
     output: Path
     build: Build
     signature: Mapping[str, Any]
+    calibration_peak: Peak | None  # None: not measured
 
     @property
     def layers(self) -> int:
@@ -68,7 +70,32 @@ def run_signature(
     return {
         "source": source.fingerprint(),
         "calibration": calibration.digest,
-        "method": asdict(method),
+        "method": _resolved(method),
         "layout": conversion.scheme.layout,
         "kept": list(conversion.kept),
+    }
+
+
+def _resolved(method: MethodSettings) -> dict[str, Any]:
+    """A default and the same thing asked for are one; what has no effect on the result is None.
+
+    Salient columns are in every report, so it does not matter whether they were asked for.
+    """
+    compensated = method.rounds == "gptq"
+    return {
+        "method": method.method,
+        "bits": method.bits,
+        "group_size": method.group_size,
+        "zero_point": not method.symmetric,
+        "rounding": method.rounds,
+        "compatible": method.compatible,
+        "compatible_dtype": method.compatible_dtype if method.compatible else None,
+        "duo_scaling": method.duo if method.method == "awq" else None,
+        "apply_clip": method.clips,
+        "search_step": method.search_step,
+        "passes": method.passes,
+        "desc_act": method.act_order,
+        "static_groups": method.fixed_groups,
+        "damping": method.damping if compensated else None,
+        "salient_quota": method.salient_quota,
     }

@@ -4,9 +4,6 @@ A run can be stopped anywhere and goes on with the same command; the directory g
 it is complete and was read back.
 """
 
-import os
-import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +12,10 @@ import torch
 from omnispeech.calibration.samples import Calibration
 from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.checkpoint.manifest import Manifest
-from omnispeech.errors import CheckpointError, ConfigError
-from omnispeech.layers.packing import Scheme
+from omnispeech.quantization.existing import check_existing, enter, existing_lines
 from omnispeech.quantization.job import Build, Job, run_signature
 from omnispeech.quantization.layer_loop import quantize_layers
-from omnispeech.quantization.memory import MemoryMonitor, return_large_blocks, return_memory
+from omnispeech.quantization.memory import MemoryMonitor, Peak, return_large_blocks, return_memory
 from omnispeech.quantization.methods.layer_quantizer import build_method
 from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.output import (
@@ -37,7 +33,6 @@ from omnispeech.quantization.report import (
     Report,
     class_sizes,
     measured,
-    read_report,
     run_facts,
     summary,
     write_report,
@@ -46,10 +41,9 @@ from omnispeech.quantization.run_settings import RunSettings
 from omnispeech.quantization.state import (
     Streams,
     WorkDirectory,
-    different,
     full_disk_is_an_error,
-    remove_partial,
-    sync_directory,
+    give_name,
+    put_back,
 )
 from omnispeech.quantization.verify import StoredModel, check_digests, check_states
 
@@ -63,16 +57,21 @@ def run(
     *,
     progress: Progress | None = None,
     build: Build = build_method,
+    calibration_peak: Peak | None = None,
 ) -> Report | None:
     """Quantizes `source` into the directory `output`; None after a dry run.
 
     A result that is there already is checked, and then reported as found; with `overwrite` it is
-    replaced once the new one is complete. Raises ConfigError before any work if something is in the
+    replaced once the new one is complete. calibration_peak: of the memory that making `calibration`
+    took, for the report. Raises ConfigError before any work if something is in the
     way, CheckpointError for damaged files, a full disk, or a result that is not what was computed.
     """
     progress = progress or Progress()
     output = output.absolute()
     check_place(output, source.directory)
+    Manifest(output.parent).names()  # one that cannot be read is told before the work
+    if not settings.dry_run:
+        put_back(output)
     if settings.overwrite:
         check_replaceable(output)
     conversion = plan_conversion(source, method, settings)
@@ -80,7 +79,7 @@ def run(
     if is_filled(output) and not settings.overwrite and not settings.dry_run:
         return check_existing(output, signature)
     plan = make_plan(source, work_of(calibration), method, settings, output)
-    progress.say(plan.lines())
+    progress.say([*plan.lines(), *existing_lines(output, signature)])
     if settings.dry_run:
         return None
     job = Job(
@@ -92,6 +91,7 @@ def run(
         output=output,
         build=build,
         signature=signature,
+        calibration_peak=calibration_peak,
     )
     return_large_blocks()
     with full_disk_is_an_error(output), MemoryMonitor() as monitor:
@@ -105,46 +105,10 @@ def _run(job: Job, monitor: MemoryMonitor, progress: Progress) -> Report:
         finally:
             progress.finish()
         data = _complete(job, work, streams, monitor)
-        _give_name(work.result, job.output)
-        _enter(job.output, job.signature)
+        give_name(work.result, job.output)
+        enter(job.output, job.signature)
         work.remove()
     return Report(job.output, data)
-
-
-def check_existing(output: Path, signature: Mapping[str, Any]) -> Report:
-    """Raises ConfigError if it is of other settings, CheckpointError if it is not whole."""
-    advice = "name another output, or add --overwrite to replace it"
-    try:
-        report = read_report(output, found=True)
-        made = report.data["signature"]
-    except (CheckpointError, KeyError) as exc:
-        raise ConfigError(
-            f"{output} is there already and is no finished result of this program; {advice}"
-        ) from exc
-    if differences := different(made, dict(signature)):
-        raise ConfigError(
-            f"{output} is there already and is not what is asked for: {'; '.join(differences)}; "
-            f"{advice}"
-        )
-    verify_directory(report)
-    if output.name not in Manifest(output.parent).names():
-        _enter(output, signature)  # the run was stopped after its last step but one
-    remove_partial(output, signature)
-    return report
-
-
-def verify_directory(report: Report) -> None:
-    """Raises CheckpointError unless its files are what the manifest and the report say."""
-    output, data = report.output, report.data
-    manifest = Manifest(output.parent)
-    if output.name in manifest.names():
-        try:
-            manifest.check(output.name, deep=True)
-        except CheckpointError as exc:
-            raise CheckpointError(f"{exc}; quantize again with --overwrite") from exc
-    check_digests(
-        StoredModel(output, Scheme(**data["scheme"]), data["kept"]), data["digests"], output
-    )
 
 
 def _complete(
@@ -165,7 +129,7 @@ def _complete(
         "sizes": class_sizes(job.source, work.result),
         "verified": verified,
         "digests": dict(sorted(digests.items())),
-        "measured": measured(records, monitor.total),
+        "measured": measured(records, monitor.total, job.calibration_peak),
     }
     write_report(work.result, data)
     sync_tree(work.result)
@@ -197,18 +161,3 @@ def _first_sequence_away(job: Job, stored: StoredModel, streams: Streams, direct
 def _stores_order(method: MethodSettings) -> bool:
     """Whether columns are of groups that only g_idx can name."""
     return method.act_order and not method.fixed_groups
-
-
-def _give_name(result: Path, output: Path) -> None:
-    """An older result goes only when the new one is whole."""
-    replaced = output.with_name(f".{output.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if output.exists():
-        os.rename(output, replaced)
-    os.rename(result, output)
-    sync_directory(output.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _enter(output: Path, signature: Mapping[str, Any]) -> None:
-    Manifest(output.parent).enter(output.name, signature)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from omnispeech.calibration.samples import Calibration
+from omnispeech.checkpoint.files import size_text
 from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.layers.packing import Scheme, packed_dtypes, packed_shapes
@@ -21,7 +22,7 @@ from omnispeech.quantization.methods.layer_quantizer import TRIAL_TOKENS
 from omnispeech.quantization.methods.settings import GROUP_SIZES, MethodSettings
 from omnispeech.quantization.progress import duration
 from omnispeech.quantization.run_settings import RunSettings
-from omnispeech.quantization.selection import kept_modules, layer_linears, split_sets
+from omnispeech.quantization.selection import kept_modules, kept_text, layer_linears, split_sets
 from omnispeech.quantization.state import partial_path
 
 MARLIN_GROUPS = (-1, 32, 64, 128)
@@ -30,7 +31,7 @@ HALF, FLOAT = 2, 4  # bytes
 # Products of each linear [N, K] with all calibration tokens, and with a [K, K] matrix, that would
 # take as long as the method: measured on small models, so the time is an estimate.
 PRODUCTS = {"awq": (24, 60), "gptq": (20, 16), "rtn": (12, 6)}
-GRAMS = {"awq": 4, "gptq": 4, "rtn": 1}  # float32 [K, K] of the widest linear that live at once
+GRAMS = {"awq": 2, "gptq": 2, "rtn": 1}  # float32 [K, K] of the widest linear that live at once
 LIBRARIES = 64 << 20  # bytes that the first matrix products load
 PROBE = 512  # side of the matrices whose product is timed
 
@@ -63,7 +64,7 @@ class Need:
     available: int
 
     def __str__(self) -> str:
-        return f"{self.what} {self.size / 1e9:.2f} GB of {self.available / 1e9:.2f} GB free"
+        return f"{self.what} {size_text(self.size)} of {size_text(self.available)} free"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +83,10 @@ class Plan:
         share = self.result_size / self.float_size
         return [
             f"layout {s.layout}, {s.bits} bits, group size {s.group_size}, {self.layers} layers",
-            f"kept in float16: {_kept_text(self.conversion.kept)}",
+            f"kept in float16: {kept_text(self.conversion.kept)}",
             f"calibration: {self.work.tokens} tokens, the longest sequence {self.work.longest}",
             *(f"needs {need}" for need in self.needs),
-            f"result {self.result_size / 1e9:.2f} GB, {share:.0%} of 16 bits",
+            f"result {size_text(self.result_size)}, {share:.0%} of 16 bits",
             f"time about {duration(self.seconds)}",
         ]
 
@@ -273,10 +274,12 @@ def _memory(
     square = max(k for _, k in shapes) ** 2
     # the layer before and after, candidates of its largest linears, what statistics and rounding
     # keep, and tokens that candidates are tried on
-    computing = FLOAT * (2 * layer + 4 * largest + GRAMS[method.method] * square)
-    computing += FLOAT * 3 * min(work.tokens, TRIAL_TOKENS) * c.hidden_size
+    computing = FLOAT * (2 * layer + 2 * largest + GRAMS[method.method] * square)
+    computing += FLOAT * 2 * min(work.tokens, TRIAL_TOKENS) * c.hidden_size
     together = max(settings.batch_tokens, work.longest)
     computing += FLOAT * together * (6 * c.hidden_size + 4 * c.intermediate_size)
+    if method.compatible:  # AutoAWQ's recipe keeps what every linear reads
+        computing += FLOAT * work.tokens * sum(k for _, k in shapes)
     states = 3 * work.tokens * c.hidden_size * stream_dtype(source).itemsize
     packing = layer + FLOAT * largest  # codes of a byte, and one linear's words
     outside = max(
@@ -298,7 +301,7 @@ def _disk(sizes: _Sizes, source: LanguageFiles, work: Work, output: Path) -> Nee
     total = 2 * sizes.layers + sizes.outside + 2 * states
     partial = partial_path(output)
     there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-    folder = next(path for path in output.absolute().parents if path.is_dir())
+    folder = next(path for path in partial.absolute().parents if path.is_dir())
     return Need("disk", max(0, total - there), shutil.disk_usage(folder).free)
 
 
@@ -330,9 +333,3 @@ def _speed(device: torch.device) -> float:
     began = time.perf_counter()
     torch.mm(a, a).sum().item()
     return 2 * side**3 / (time.perf_counter() - began)
-
-
-def _kept_text(kept: Sequence[str]) -> str:
-    if not kept:
-        return "no linear of a layer"
-    return f"{len(kept)} linears: {', '.join(kept[:3])}" + (" ..." if len(kept) > 3 else "")

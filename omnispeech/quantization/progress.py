@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TextIO
 
+from omnispeech.checkpoint.files import size_text
 from omnispeech.quantization.memory import Peak
 
 WIDTH = 30  # characters of the bar
@@ -36,9 +37,9 @@ class Progress:
     def layer(self, done: int, loss: float | None, peak: Peak) -> None:
         """`done` layers are finished; loss is the mean of the last one's linears, None if kept."""
         left = (self._clock() - self._began) / (done - self._before) * (self._layers - done)
-        device = f", device {peak.vram / 1e9:.2f} GB" if peak.vram else ""
+        device = f", device {size_text(peak.vram)}" if peak.vram else ""
         error = "kept" if loss is None else f"loss {loss:.3g}"
-        self._show(done, f"{error}, memory {peak.ram / 1e9:.2f} GB{device}, {duration(left)} left")
+        self._show(done, f"{error}, memory {size_text(peak.ram)}{device}, {duration(left)} left")
 
     def finish(self) -> None:
         """Leaves the bar where it is; what follows begins on a line of its own."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import omnispeech
+from omnispeech.checkpoint.files import size_text
 from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.checkpoint.shards import Shards
 from omnispeech.json_file import read_json
@@ -21,6 +22,7 @@ from omnispeech.quantization.job import Job
 from omnispeech.quantization.memory import Peak
 from omnispeech.quantization.method import LayerResult
 from omnispeech.quantization.output import write_json, write_text
+from omnispeech.quantization.plan import work_of
 from omnispeech.quantization.progress import duration
 from omnispeech.quantization.state import Streams
 
@@ -54,6 +56,10 @@ class Report:
 
     def lines(self) -> list[str]:
         return report_lines(self.data)
+
+    def summary_lines(self) -> list[str]:
+        """How it went, without what each layer was like."""
+        return [*_head_lines(self.data), *_end_lines(self.data)]
 
 
 def read_report(directory: Path, *, found: bool) -> Report:
@@ -119,6 +125,7 @@ def class_sizes(source: LanguageFiles, result: Path) -> dict[str, dict[str, int]
 
 def run_facts(job: Job, streams: Streams) -> dict[str, Any]:
     """What went in, and what it came to."""
+    work = work_of(job.calibration)
     outside = [name.removesuffix(".weight") for name in job.source.outside_names()]
     return {
         "format": FORMAT,
@@ -133,21 +140,28 @@ def run_facts(job: Job, streams: Streams) -> dict[str, Any]:
         "unquantized": [*job.conversion.kept, *outside],
         "calibration": {
             "tokens": dict(job.calibration.tokens),
+            "positions": work.tokens,  # those of `tokens` and repeated ones
             "sources": list(job.calibration.sources),
+            "seq_len": job.calibration.seq_len,
+            "longest": work.longest,
         },
+        "judged_on": "float" if job.method.compatible else "quantized",
         "sequence_length": streams.longest,
         "batch_tokens": streams.batch_tokens,
         "versions": versions(),
     }
 
 
-def measured(records: Sequence[Mapping[str, Any]], total: Peak) -> dict[str, Any]:
+def measured(
+    records: Sequence[Mapping[str, Any]], total: Peak, calibration: Peak | None
+) -> dict[str, Any]:
     """Layers may be of earlier runs, in other processes."""
     layers = [record["measured"] for record in records]
     return {
         "seconds": round(sum(layer["seconds"] for layer in layers), 3),
         "peak_ram": max([total.ram, *(layer["peak_ram"] for layer in layers)]),
         "peak_vram": max([total.vram, *(layer["peak_vram"] for layer in layers)]),
+        "calibration": calibration and {"peak_ram": calibration.ram, "peak_vram": calibration.vram},
         "layers": layers,
     }
 
@@ -169,6 +183,7 @@ def _class(name: str) -> str:
 def report_lines(data: Mapping[str, Any]) -> list[str]:
     return [
         *_head_lines(data),
+        *_end_lines(data),
         "",
         *_layer_lines(data["layers"], data["measured"]["layers"]),
         "",
@@ -179,24 +194,62 @@ def report_lines(data: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def progress_lines(data: Mapping[str, Any]) -> list[str]:
+    """Of a run that is not finished."""
+    return [*_head_lines(data), "", *_layer_lines(data["layers"], data["measured"]["layers"])]
+
+
 def _head_lines(data: Mapping[str, Any]) -> list[str]:
-    scheme, total, measured = data["scheme"], data["summary"], data["measured"]
-    identity = total["identity_share"]
-    vram = f", peak device memory {_gb(measured['peak_vram'])}" if measured["peak_vram"] else ""
+    scheme, cost = data["scheme"], data["measured"]
+    heard = cost["calibration"]
     return [
         f"{data['settings']['method']['method']} {scheme['bits']} bits, group size "
         f"{scheme['group_size']}, layout {scheme['layout']}",
-        f"mean loss {total['loss']:.4g} over {total['linears']} linears, plain rounding "
-        f"{total['nearest_loss']:.4g}"
-        + ("" if identity is None else f", channels left unscaled in {identity:.0%}"),
-        "calibration tokens: "
-        + ", ".join(f"{kind} {count}" for kind, count in data["calibration"]["tokens"].items()),
+        *([_loss_text(data)] if data["summary"]["linears"] else []),
+        f"calibration tokens: {_tokens_text(data['calibration'])}",
         f"calibration sources: {', '.join(data['calibration']['sources'])}",
-        f"final sequence length {data['sequence_length']}, "
-        f"micro-batch {data['batch_tokens']} tokens",
-        f"loaded back: every tensor as quantized, first sequence {data['verified']:.2g} away",
-        f"time {duration(measured['seconds'])}, peak memory {_gb(measured['peak_ram'])}{vram}",
+        f"{_lengths_text(data)}, micro-batch {data['batch_tokens']} tokens",
+        *([f"calibration: {_peak_text(heard)}"] if heard else []),
+        f"time {duration(cost['seconds'])}, {_peak_text(cost)}",
     ]
+
+
+def _end_lines(data: Mapping[str, Any]) -> list[str]:
+    return [f"loaded back: every tensor as quantized, first sequence {data['verified']:.2g} away"]
+
+
+def _loss_text(data: Mapping[str, Any]) -> str:
+    total = data["summary"]
+    identity = total["identity_share"]
+    return (
+        f"mean loss {total['loss']:.4g} over {total['linears']} linears, plain rounding "
+        f"{total['nearest_loss']:.4g}, on what the {data['judged_on']} model computes"
+        + ("" if identity is None else f", channels left unscaled in {identity:.0%}")
+    )
+
+
+def _tokens_text(calibration: Mapping[str, Any]) -> str:
+    tokens, positions = calibration["tokens"], calibration["positions"]
+    text = ", ".join(f"{kind} {count}" for kind, count in tokens.items())
+    if (counted := sum(tokens.values())) == positions:
+        return text
+    return (
+        f"{text}; {counted} of {positions} tokens count, the rest repeat what an earlier sample "
+        "began with"
+    )
+
+
+def _lengths_text(data: Mapping[str, Any]) -> str:
+    final, longest = data["sequence_length"], data["calibration"]["longest"]
+    if final < longest:
+        return f"sequences reduced from {longest} to {final} tokens (out of memory)"
+    limit = data["calibration"]["seq_len"]
+    return f"longest sequence {longest} (" + (f"limit {limit}, " if limit else "") + "not reduced)"
+
+
+def _peak_text(cost: Mapping[str, int]) -> str:
+    device = f", peak device memory {size_text(cost['peak_vram'])}" if cost["peak_vram"] else ""
+    return f"peak memory {size_text(cost['peak_ram'])}{device}"
 
 
 def _layer_lines(
@@ -204,10 +257,7 @@ def _layer_lines(
 ) -> list[str]:
     lines = []
     for layer, cost in zip(layers, measured, strict=True):
-        vram = f", device {_gb(cost['peak_vram'])}" if cost["peak_vram"] else ""
-        lines.append(
-            f"layer {layer['layer']}: {cost['seconds']:.1f} s, memory {_gb(cost['peak_ram'])}{vram}"
-        )
+        lines.append(f"layer {layer['layer']}: {cost['seconds']:.1f} s, {_peak_text(cost)}")
         for name, linear in layer["linears"].items():
             notes = ", ".join(
                 f"{key} {value}" for key, value in linear["notes"].items() if _short(value)
@@ -228,7 +278,3 @@ def _size_lines(sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
         f"  {name:<28} {size['original']:>14,} {size['stored']:>14,} bytes"
         for name, size in sizes.items()
     ]
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"

@@ -10,6 +10,7 @@ FUSED = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("mlp.gate_proj", "mlp.up_proj"),
 )
+NAMED = 3  # linears in a text before it says that there are more
 LINEARS = (*FUSED[0], "self_attn.o_proj", *FUSED[1], "mlp.down_proj")
 
 
@@ -49,6 +50,18 @@ def split_sets(layers: int, kept: Collection[str]) -> list[list[str]]:
     """Linears that read the same vectors, of which some are kept and some are not."""
     sets = [[layer_prefix(i) + name for name in names] for i in range(layers) for names in FUSED]
     return [names for names in sets if 0 < sum(name in kept for name in names) < len(names)]
+
+
+def kept_text(kept: Sequence[str]) -> str:
+    """For people: whole layers by their number, other linears by name, not all if they are many."""
+    numbers = sorted({int(name.split(".")[2]) for name in kept})
+    whole = [i for i in numbers if set(layer_linears(i)) <= set(kept)]
+    single = [name for name in kept if int(name.split(".")[2]) not in whole]
+    texts = [f"layer{'s' * (len(whole) > 1)} {', '.join(map(str, whole))}"] if whole else []
+    if single:
+        named = ", ".join(single[:NAMED]) + (" ..." if len(single) > NAMED else "")
+        texts.append(f"{len(single)} linears: {named}" if len(single) > 1 else named)
+    return " and ".join(texts) or "no linear of a layer"
 
 
 def _layer(index: int, layers: int) -> int:

@@ -24,9 +24,14 @@ from omnispeech.checkpoint.tensor_file import TensorFile, write_tensor_file
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.json_file import read_json
 from omnispeech.quantization.output import write_json
+from omnispeech.quantization.selection import kept_text
 
 FORMAT = 1  # of the partial directory; another one is not continued
 SIGNATURE, STREAMS, RESULT = "signature.json", "streams.safetensors", "result"
+UNREADABLE = {  # entries of a signature that mean nothing to a reader
+    "calibration": "the calibration data differ (--calib, --seq_len, --max-tokens)",
+    "source": "the model is not the same, or its files have changed",
+}
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -131,7 +136,7 @@ class WorkDirectory:
 
     def _sign(self, signature: Mapping[str, Any]) -> None:
         file = self.path / SIGNATURE
-        if not file.is_file():
+        if not file.is_file() or not any(self.path.glob("*.safetensors")):  # nothing was done yet
             _empty(self.path)
             write_json(file, signature)
             return
@@ -149,11 +154,21 @@ def remove_partial(output: Path, signature: Mapping[str, Any]) -> None:
     if not path.is_dir():
         return
     with _locked(path):
-        signed = (path / SIGNATURE).is_file()
-        if signed and not different(read_json(path / SIGNATURE), _signed(signature)):
+        if partial_differences(output, signature) == []:
             _empty(path)
         if not any(path.iterdir()):
             path.rmdir()
+
+
+def partial_differences(output: Path, signature: Mapping[str, Any]) -> list[str] | None:
+    """Of the run that was interrupted there from one with `signature`; None: there was none."""
+    file = partial_path(output) / SIGNATURE
+    if not file.is_file():
+        return None
+    try:
+        return different(read_json(file), _signed(signature))
+    except CheckpointError as exc:
+        return [str(exc)]
 
 
 def _signed(signature: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,12 +177,45 @@ def _signed(signature: Mapping[str, Any]) -> dict[str, Any]:
     return signed
 
 
+def place_of(output: Path) -> Path:
+    """Where the directory itself lies: behind the link, if `output` is one."""
+    return output.resolve() if output.is_symlink() else output
+
+
 def partial_path(output: Path) -> Path:
-    return output.with_name(f"{output.name}.partial")
+    place = place_of(output)
+    return place.with_name(f"{place.name}.partial")
+
+
+def give_name(result: Path, output: Path) -> None:
+    """An older result goes only when the new one has its name; see `put_back`."""
+    place, replaced = place_of(output), _replaced_path(output)
+    put_back(output)
+    if place.exists():
+        os.rename(place, replaced)
+    os.rename(result, place)
+    sync_directory(place.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def put_back(output: Path) -> None:
+    """Ends what was stopped within `give_name`: an older result without its name has it again."""
+    place, replaced = place_of(output), _replaced_path(output)
+    if not replaced.is_dir():
+        return
+    if place.is_dir() and any(place.iterdir()):
+        shutil.rmtree(replaced)
+    else:
+        os.rename(replaced, place)
+
+
+def _replaced_path(output: Path) -> Path:
+    place = place_of(output)
+    return place.with_name(f".{place.name}.replaced")
 
 
 def different(old: Any, new: Any, name: str = "") -> list[str]:
-    """Where two JSON values differ: "method.bits was 4 and is 8"."""
+    """Where two signatures differ, in words: "method.bits was 4 and is 8"."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [
@@ -175,7 +223,12 @@ def different(old: Any, new: Any, name: str = "") -> list[str]:
             for key in keys
             for line in different(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
         ]
-    return [] if old == new else [f"{name} was {old} and is {new}"]
+    if old == new:
+        return []
+    if name == "kept":
+        old, new = (kept_text(names or []) for names in (old, new))
+        return [f"kept in float16 was {old} and is {new}"]
+    return [UNREADABLE.get(name, f"{name} was {old} and is {new}")]
 
 
 @contextmanager

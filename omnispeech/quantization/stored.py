@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.errors import CheckpointError
 from omnispeech.layers.packing import QuantizedWeight, Scheme, pack, packed_dtypes, unpack
 from omnispeech.quantization.methods.salient import SalientColumns
@@ -43,9 +44,21 @@ def check_half_range(tensor: Tensor, name: str) -> None:
     limit = torch.finfo(torch.float16).max
     if not (-limit <= low and high <= limit):  # false for nan, too
         raise CheckpointError(
-            f"{name} has values from {low:g} to {high:g}; stored as float16 they must be numbers "
-            f"within {limit:g}"
+            f"{name} has values from {low:g} to {high:g}, the first such in row "
+            f"{_first_row_beyond(tensor, limit)}; stored as float16 they must be numbers within "
+            f"{limit:g}: fetch the model again, or take one that was trained for float16"
         )
+
+
+def check_outside(source: LanguageFiles) -> None:
+    """Raises CheckpointError if what lies beside the layers is nothing that float16 can hold."""
+    for name in source.outside_names():
+        check_half_range(source.read(name, source.dtype(name)), name)
+
+
+def _first_row_beyond(tensor: Tensor, limit: float) -> int:
+    rows = enumerate(tensor.view(len(tensor), -1))
+    return next(i for i, row in rows if not bool((row.abs() <= limit).all()))
 
 
 def stored_tensors(

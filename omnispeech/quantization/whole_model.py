@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from omnispeech.checkpoint.files import size_text
 from omnispeech.checkpoint.lora import merged
 from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.checkpoint.shards import Shards, TensorFiles
@@ -34,7 +35,7 @@ from omnispeech.layers.packing import (
 )
 from omnispeech.quantization.output import Piece, sync_tree, write_json, write_shards
 from omnispeech.quantization.selection import LINEARS
-from omnispeech.quantization.state import WorkDirectory
+from omnispeech.quantization.state import WorkDirectory, give_name, put_back
 
 KEY = "omnispeech_quantization"  # of config.json
 SCHEME = Scheme("int8", 8, -1)
@@ -164,13 +165,13 @@ def make_whole_model(
     An older one stays until the new one is whole. What an interrupted run has left is removed.
     Raises ConfigError where `target` is there and `overwrite` is not set.
     """
+    Manifest(target.parent).names()  # one that cannot be read is told before the work
+    put_back(target)
     if target.exists() and not overwrite:
         raise ConfigError(f"{target} is there already; add --overwrite to make it again")
     with WorkDirectory.open(target, {"scheme": asdict(SCHEME)}, restart=True) as work:
         made = write_whole_model(source, work.result, progress)
-        if target.exists():
-            target.rename(work.path / "replaced")
-        work.result.rename(target)
+        give_name(work.result, target)
         work.remove()
     how = {"by": "quantize_model_once.py", "source": source_fingerprint(source), **asdict(SCHEME)}
     Manifest(target.parent).enter(target.name, how)
@@ -268,8 +269,8 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _check_room(directory: Path, needed: int) -> None:
     if (free := shutil.disk_usage(directory).free) < needed:
         raise CheckpointError(
-            f"the 8-bit model takes {needed / 1e9:.2f} GB, {directory} has {free / 1e9:.2f} GB "
-            "left; make room there"
+            f"the 8-bit model takes {size_text(needed)}, {directory} has {size_text(free)} left; "
+            "make room there"
         )
 
 

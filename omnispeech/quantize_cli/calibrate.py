@@ -1,19 +1,22 @@
 """The calibration of a run: what the user named, else what ships with the project."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
 
-from omnispeech.assembly import choose_dtype, load_models
+from omnispeech.assembly import choose_dtype, load_sources
 from omnispeech.calibration.datasets import dataset_items
 from omnispeech.calibration.items import Conversation, Item, read_items, shipped_items
 from omnispeech.calibration.samples import Calibration, text_calibration
 from omnispeech.calibration.tokens import TextTokens
 from omnispeech.checkpoint.language import LanguageFiles
+from omnispeech.checkpoint.models_directory import choose_sources
 from omnispeech.errors import ConfigError
 from omnispeech.quantize_cli.choices import Calibrate
+from omnispeech.quantize_cli.room import encoder_size, models_size, require_room
 from omnispeech.speech_calibration import speech_calibration, speech_lm_calibration
 
 
@@ -25,38 +28,68 @@ def items_of(choice: Calibrate) -> list[Item]:
     return (items or shipped_items())[: choice.max_samples]
 
 
-def of_text_model(source: LanguageFiles, choice: Calibrate) -> Calibration:
-    """As a text model reads it; of sound, the transcript."""
-    return text_calibration(
-        source, items_of(choice), seq_len=choice.seq_len, max_tokens=choice.max_tokens
-    )
+@dataclass(frozen=True, slots=True)
+class Calibrator:
+    """How a calibration comes about, on a device that is chosen later."""
+
+    check: Callable[[torch.device], None]  # raises ConfigError if what it loads does not fit
+    listen: Callable[[torch.device], Calibration]
 
 
-def of_llm(source: LanguageFiles, choice: Calibrate, device: torch.device) -> Calibration:
+def of_text_model(source: LanguageFiles, choice: Calibrate) -> Calibrator:
+    """As a text model reads it; of sound, the transcript. Embeddings alone are read for it."""
+
+    def listen(_: torch.device) -> Calibration:
+        return text_calibration(
+            source, items_of(choice), seq_len=choice.seq_len, max_tokens=choice.max_tokens
+        )
+
+    return Calibrator(lambda _: None, listen)
+
+
+def of_llm(source: LanguageFiles, choice: Calibrate) -> Calibrator:
     """As the LLM of an OpenS2S directory reads it: with sound, unless text alone was asked for."""
     if choice.texts:
         return of_text_model(source, choice)
-    return speech_calibration(
-        source.directory,
-        source,
-        items_of(choice),
-        seq_len=choice.seq_len,
-        max_tokens=choice.max_tokens,
-        device=device,
-        dtype=choose_dtype("auto", device),
-    )
+
+    def check(device: torch.device) -> None:
+        size = encoder_size(source.directory, choose_dtype("auto", device))
+        require_room("the audio encoder and its adapter", size, device)
+
+    def listen(device: torch.device) -> Calibration:
+        return speech_calibration(
+            source.directory,
+            source,
+            items_of(choice),
+            seq_len=choice.seq_len,
+            max_tokens=choice.max_tokens,
+            device=device,
+            dtype=choose_dtype("auto", device),
+        )
+
+    return Calibrator(check, listen)
 
 
-def of_speech_lm(models: Path, choice: Calibrate, device: torch.device) -> Calibration:
+def of_speech_lm(models: Path, choice: Calibrate) -> Calibrator:
     """What the speech LM reads while the models answer; they are all loaded for that."""
     if choice.texts:
         raise ConfigError("the speech LM reads no text; calibrate it with --calib, or the default")
-    return speech_lm_calibration(
-        load_models(models, device, choose_dtype("auto", device)),
-        items_of(choice),
-        seq_len=choice.seq_len,
-        max_tokens=choice.max_tokens,
-    )
+    sources = choose_sources(models)
+
+    def check(device: torch.device) -> None:
+        size = models_size(sources, choose_dtype("auto", device))
+        require_room("all models of a conversation", size, device)
+
+    def listen(device: torch.device) -> Calibration:
+        items = items_of(choice)  # what cannot be read is told before the models are loaded
+        return speech_lm_calibration(
+            load_sources(sources, device, choose_dtype("auto", device)),
+            items,
+            seq_len=choice.seq_len,
+            max_tokens=choice.max_tokens,
+        )
+
+    return Calibrator(check, listen)
 
 
 def token_samples(source: LanguageFiles, choice: Calibrate) -> list[list[int]]:

@@ -7,22 +7,22 @@ could look for a GPU.
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from omnispeech.config import FALSE, TRUE, parse_value
 from omnispeech.errors import ConfigError
-from omnispeech.quantization.methods.settings import Duo, MethodName, MethodSettings
+from omnispeech.quantization.methods.settings import DAMPING, Duo, MethodName, MethodSettings
 from omnispeech.quantization.run_settings import (
     SHORTEST,
     RunSettings,
     parse_layers,
     parse_size,
 )
-from omnispeech.quantize_cli.quant_config import check_agreement, read_quant_config
+from omnispeech.quantize_cli.quant_config import Given, add_given, read_quant_config
 
-SEQ_LEN, MAX_TOKENS = 2048, 65_536
+SEQ_LEN, MAX_TOKENS, SPLITS = 2048, 65_536, "train,valid"
 LAYOUTS = {"gemm": "gemm", "gemv": "gemv", "gemv_fast": "gemv_fast", "gemvfast": "gemv_fast"}
 LOADED_AS = ("marlin", "exllama", "exllamav2", "exllama_v2", "ipex", "cpu")
 # The guide's own words for --max_quality, as far as they mean something here (spec 7)
@@ -34,14 +34,19 @@ MAX_QUALITY = {
     "iter": 40,
     "search_step": 2,
 }
-MAX_QUALITY_REMARKS = (
-    "--max_quality: layers 0, 1 and -1 stay float, refined up to 40 times, twice the grid, up to "
-    "20000 samples of 16384 tokens within the budget of --max-tokens",
-    "--max_quality uses the GPU where there is one: layers pass one by one, so that none runs out "
-    "of memory; --force_cpu is there for those who want it",
-    "--max_quality lists salient columns and stores no residuals: GPTQ rounding has made them good "
-    "already (--rounding rtn --salient-quota 0.004 stores them)",
-)
+FLAGS = {  # attribute of the arguments: (what it sets, its flag)
+    "bits": ("bits", "--bits"),
+    "q_group_size": ("group_size", "--q-group-size"),
+    "gptq_group_size": ("group_size", "--gptq_group_size"),
+    "zero_point": ("zero_point", "--zero-point"),
+    "layout": ("layout", "--version"),
+    "modules_to_not_convert": ("modules", "--modules_to_not_convert"),
+    "desc_act": ("desc_act", "--desc-act"),
+    "gptq_desc_act": ("desc_act", "--gptq_desc_act"),
+    "static_groups": ("static_groups", "--static-groups"),
+    "dataset": ("dataset", "--dataset"),
+    "gptq_dataset": ("dataset", "--gptq_dataset"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +64,6 @@ class Calibrate:
     def __post_init__(self) -> None:
         if self.texts and (self.paths or self.mixture):
             raise ConfigError("--calib-text is text alone; give it, or --calib and --dataset")
-        if self.seq_len < SHORTEST:
-            raise ConfigError(f"--seq_len {self.seq_len}; allowed: {SHORTEST} or more")
-        for flag, value in (("--max-tokens", self.max_tokens), ("--calib-size", self.max_samples)):
-            if value is not None and value < 1:
-                raise ConfigError(f"{flag} {value}; allowed: 1 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,29 +79,23 @@ class Choices:
     max_quality: bool
     push_to: str | None
     private: bool | None
-    remarks: tuple[str, ...] = field(default=())  # what the user should know before it begins
-
-
-def forced_to_cpu(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> bool:
-    """--force_cpu, else the environment's FORCE_CPU."""
-    if args.force_cpu is not None:
-        return bool(args.force_cpu)
-    text = environ.get("FORCE_CPU", "")
-    return bool(text) and parse_value(bool, text, "FORCE_CPU")
 
 
 def choices(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Choices:
     """Raises ConfigError for what contradicts itself, and for what has no sound meaning."""
-    given = _merged(args)
+    given = _given(args)
+    values = {name: one.value for name, one in given.items()}
     if args.engine == "autoawq":
-        _check_autoawq(args, given)
-    method = _method(args, given)
+        _check_autoawq(args, values)
+    method = _method(args, values)
     layout = _layout(given.get("layout"))
     _check_eight_bits(args, method, layout)
-    calibrate = _calibrate(args, given, environ)
+    calibrate = _calibrate(args, values, environ)
+    _check_counts(args)
+    _check_effects(args, calibrate)
     return Choices(
         method=method,
-        run=_run(args, given, layout, calibrate),
+        run=_run(args, values, layout, calibrate),
         calibrate=calibrate,
         engine=args.engine,
         device=_device(args, environ),
@@ -109,7 +103,6 @@ def choices(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -
         max_quality=args.max_quality,
         push_to=args.push_to_hub,
         private=args.private,
-        remarks=tuple(_remarks(args, method)),
     )
 
 
@@ -121,52 +114,39 @@ def _value(args: argparse.Namespace, name: str, default: Any = None) -> Any:
     return MAX_QUALITY.get(name, default) if args.max_quality else default
 
 
-def _merged(args: argparse.Namespace) -> dict[str, Any]:
-    """Flags and --quant_config under one set of names."""
-    flags = {
-        "bits": args.bits,
-        "group_size": args.q_group_size,
-        "zero_point": args.zero_point,
-        "layout": args.layout,
-        "modules": args.modules_to_not_convert,
-        "desc_act": args.desc_act,
-        "dataset": args.dataset,
-    }
-    flags = {name: value for name, value in flags.items() if value is not None}
-    for name, value in _of_gptq_flags(args).items():
-        check_agreement(flags, name, value, f"--gptq_{name}")
-    for name, value in read_quant_config(args.quant_config, gptq=args.gptq).items():
-        check_agreement(flags, name, value, "--quant_config")
-    return flags
-
-
-def _of_gptq_flags(args: argparse.Namespace) -> dict[str, Any]:
-    names = {"group_size": args.gptq_group_size, "desc_act": args.gptq_desc_act}
-    names["dataset"] = args.gptq_dataset
-    given = {name: value for name, value in names.items() if value is not None}
-    if given and not args.gptq:
-        raise ConfigError(f"--gptq_{min(given)} is of GPTQ; add --gptq, or drop it")
+def _given(args: argparse.Namespace) -> dict[str, Given]:
+    """What flags and --quant_config set, under one set of names."""
+    given: dict[str, Given] = {}
+    for attribute, (name, flag) in FLAGS.items():
+        value = getattr(args, attribute)
+        if value is None:
+            continue
+        if attribute.startswith("gptq_") and not args.gptq:
+            raise ConfigError(f"{flag} is of GPTQ; add --gptq, or drop it")
+        add_given(given, name, Given(value, flag))
+    for name, one in read_quant_config(args.quant_config, gptq=args.gptq).items():
+        add_given(given, name, one)
     return given
 
 
-def _method(args: argparse.Namespace, given: Mapping[str, Any]) -> MethodSettings:
+def _method(args: argparse.Namespace, values: Mapping[str, Any]) -> MethodSettings:
     name: MethodName = "gptq" if args.gptq else "awq"
     return MethodSettings(
         method=name,
-        bits=given.get("bits", 8 if args.gptq else 4),
-        group_size=given.get("group_size", 128),
-        zero_point=given.get("zero_point"),
+        bits=values.get("bits", 8 if args.gptq else 4),
+        group_size=values.get("group_size", 128),
+        zero_point=values.get("zero_point"),
         rounding=args.rounding,
         compatible=args.compatible or args.engine == "autoawq",
         duo_scaling=_duo(args.duo_scaling),
         apply_clip=args.apply_clip,
         search_step=_search_step(args),
         passes=_value(args, "iter", 1),
-        desc_act=given.get("desc_act"),
-        static_groups=args.static_groups or given.get("static_groups"),
+        desc_act=values.get("desc_act"),
+        static_groups=values.get("static_groups"),
+        damping=values.get("damping", DAMPING),
         salient_quota=args.salient_quota or 0.0,
         dump_salient=args.dump_salient is not None or args.max_quality,
-        **{name: given[name] for name in ("damping",) if name in given},
     )
 
 
@@ -185,17 +165,18 @@ def _duo(text: str | None) -> Duo | None:
     return "on" if text.lower() in TRUE else "off"
 
 
-def _layout(text: str | None) -> str | None:
-    if text is None:
+def _layout(given: Given | None) -> str | None:
+    if given is None:
         return None
-    if text.lower() in LOADED_AS:
+    text = given.value.lower()
+    if text in LOADED_AS:
         raise ConfigError(
-            f"{text} is no file layout but how a server arranges weights when it loads them; "
-            "write GEMM (the default), which Marlin, ExLlama and the CPU kernels all read"
+            f"{given.value} is no file layout but how a server arranges weights when it loads "
+            "them; write GEMM (the default), which Marlin, ExLlama and the CPU kernels all read"
         )
-    if text.lower() not in LAYOUTS:
-        raise ConfigError(f"--version {text!r}; allowed: GEMM, GEMV, gemv_fast")
-    return LAYOUTS[text.lower()]
+    if text not in LAYOUTS:
+        raise ConfigError(f"{given.where} {given.value!r}; allowed: GEMM, GEMV, gemv_fast")
+    return LAYOUTS[text]
 
 
 def _check_eight_bits(args: argparse.Namespace, method: MethodSettings, layout: str | None) -> None:
@@ -209,22 +190,24 @@ def _check_eight_bits(args: argparse.Namespace, method: MethodSettings, layout: 
 
 
 def _calibrate(
-    args: argparse.Namespace, given: Mapping[str, Any], environ: Mapping[str, str]
+    args: argparse.Namespace, values: Mapping[str, Any], environ: Mapping[str, str]
 ) -> Calibrate:
-    splits = tuple(part.strip() for part in args.calib_split.split(",") if part.strip())
-    names = {"validation": "valid"}
-    paths = tuple(Path(p) for p in args.calib if Path(p).exists())
-    named = [p for p in args.calib if not Path(p).exists()]
+    named = [path for path in args.calib if not Path(path).exists()]
     size = _value(args, "calib_size")
     return Calibrate(
-        paths=paths,
+        paths=tuple(Path(path) for path in args.calib if path not in named),
         texts=tuple(args.calib_text),
-        mixture=_with_quotas([*named, *given.get("dataset", "").split(",")], size),
-        splits=tuple(names.get(split, split) for split in splits),
+        mixture=_with_quotas([*named, *values.get("dataset", "").split(",")], size),
+        splits=_splits(args.calib_split or SPLITS),
         seq_len=_sequence_length(args, environ),
         max_tokens=_value(args, "max_tokens", MAX_TOKENS),
         max_samples=size,
     )
+
+
+def _splits(text: str) -> tuple[str, ...]:
+    parts = (part.strip() for part in text.split(","))
+    return tuple("valid" if part == "validation" else part for part in parts if part)
 
 
 def _with_quotas(entries: Sequence[str], size: int | None) -> str:
@@ -238,21 +221,22 @@ def _with_quotas(entries: Sequence[str], size: int | None) -> str:
 
 def _sequence_length(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     if args.seq_len is None and (text := environ.get("SEQ_LEN")):
-        return int(parse_value(int, text, "SEQ_LEN"))
-    return int(_value(args, "seq_len", SEQ_LEN))
+        name, length = "SEQ_LEN of the environment", parse_value(int, text, "SEQ_LEN")
+    else:
+        name, length = "--seq_len", _value(args, "seq_len", SEQ_LEN)
+    if length < SHORTEST:
+        raise ConfigError(f"{name} is {length}; allowed: {SHORTEST} or more")
+    return int(length)
 
 
 def _run(
-    args: argparse.Namespace, given: Mapping[str, Any], layout: str | None, calibrate: Calibrate
+    args: argparse.Namespace, values: Mapping[str, Any], layout: str | None, calibrate: Calibrate
 ) -> RunSettings:
-    for flag, value in (("--batch_size", args.batch_size), ("--batch-tokens", args.batch_tokens)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{flag} {value}; allowed: 1 or more")
     return RunSettings(
         layout=layout,
         target=args.target,
         keep_fp_layers=parse_layers(_value(args, "keep_fp_layers", "")),
-        modules_to_not_convert=tuple(given.get("modules", ())),
+        modules_to_not_convert=tuple(values.get("modules", ())),
         batch_tokens=args.batch_tokens or args.batch_size * min(calibrate.seq_len, SEQ_LEN),
         shard_size=parse_size(args.shard_size),
         overwrite=args.overwrite,
@@ -274,33 +258,48 @@ def _writable(path: Path | None) -> Path | None:
 
 
 def _device(args: argparse.Namespace, environ: Mapping[str, str]) -> str:
-    if not forced_to_cpu(args, environ):
+    if not (forced := _forced_to_cpu(args, environ)):
         return str(args.device)
     if args.device not in ("auto", "cpu"):
-        raise ConfigError(f"--force_cpu hides every GPU, --device {args.device} asks for one")
+        raise ConfigError(f"{forced} hides every GPU, --device {args.device} asks for one")
     return "cpu"
 
 
-def _remarks(args: argparse.Namespace, method: MethodSettings) -> list[str]:
-    remarks = list(MAX_QUALITY_REMARKS) if args.max_quality else []
-    if method.method == "awq" and method.bits == 8:
-        remarks.append(
-            "8-bit AWQ is written as symmetric GPTQ v1 with the channel scales of AWQ folded in: "
-            "no server reads 8-bit AWQ files"
-        )
-    if method.method == "awq" and method.zero_point is False:
-        remarks.append("--no-zero-point: codes are symmetric, stored with zero points of 8")
-    if method.salient_quota:
-        remarks.append("residuals of salient columns are read by omnispeech alone")
-    if method.method == "gptq" and method.act_order and not method.fixed_groups:
-        remarks.append(
-            "act-order with g_idx: servers run it slower, and copy its scales to every GPU; "
-            "--static-groups has most of the gain without"
-        )
-    return remarks
+def _forced_to_cpu(args: argparse.Namespace, environ: Mapping[str, str]) -> str:
+    """What hides every GPU, in words; empty if nothing does."""
+    if args.force_cpu is not None:
+        return "--force_cpu" if args.force_cpu else ""
+    text = environ.get("FORCE_CPU", "")
+    forced = bool(text) and parse_value(bool, text, "FORCE_CPU")
+    return f"FORCE_CPU={text} of the environment" if forced else ""
 
 
-def _check_autoawq(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
+def _check_counts(args: argparse.Namespace) -> None:
+    counts = {
+        "--batch_size": args.batch_size,
+        "--batch-tokens": args.batch_tokens,
+        "--max-tokens": args.max_tokens,
+        "--calib-size": args.calib_size,
+    }
+    for flag, count in counts.items():
+        if count is not None and count < 1:
+            raise ConfigError(f"{flag} is {count}; allowed: 1 or more")
+
+
+def _check_effects(args: argparse.Namespace, calibrate: Calibrate) -> None:
+    """A flag that changes nothing is most likely a mistake."""
+    if args.private is not None and not args.push_to_hub:
+        raise ConfigError(
+            "--private is of the repository that is pushed to; add --push-to-hub USER/NAME, or "
+            "drop it"
+        )
+    if args.calib_split is not None and not calibrate.mixture:
+        raise ConfigError(
+            "--calib-split chooses among the splits of data sets; add --dataset, or drop it"
+        )
+
+
+def _check_autoawq(args: argparse.Namespace, values: Mapping[str, Any]) -> None:
     """AutoAWQ takes its own options and nothing beyond them."""
     absent = {
         "--gptq": args.gptq,
@@ -309,9 +308,9 @@ def _check_autoawq(args: argparse.Namespace, given: Mapping[str, Any]) -> None:
         "--dump-salient": args.dump_salient,
         "--salient-quota": args.salient_quota,
         "--rounding gptq": args.rounding == "gptq",
-        "--desc-act": given.get("desc_act"),
+        "--desc-act": values.get("desc_act"),
         # its files have no zero points then, and no server reads such files
-        "--no-zero-point that can be loaded": given.get("zero_point") is False,
+        "--no-zero-point that can be loaded": values.get("zero_point") is False,
     }
     if wrong := [flag for flag, value in absent.items() if value]:
         raise ConfigError(f"AutoAWQ has nothing like {wrong[0]}; drop it, or use --engine native")

@@ -1,6 +1,8 @@
 """`quantize.py`, `quantize_llm_awq.py` and `quantize_model_once.py`.
 
-Exit status: 0 done and verified, 1 failed, 2 refused before anything was started, 130 interrupted.
+Exit status: 0 done and verified; 1 something failed on the way, or what is there is damaged;
+2 refused, as what was asked for does not go with the machine, the model or the data (nothing was
+quantized then, and another command line is what helps); 130 interrupted, 143 by SIGTERM.
 Nothing heavy is imported before the arguments are known to be right.
 """
 
@@ -22,9 +24,9 @@ from omnispeech.quantize_cli.flags import (
     add_quality,
     add_run,
 )
+from omnispeech.quantize_cli.streams import open_streams
 
-CONTINUES = "interrupted; finished layers are kept, and the same command goes on from there"
-STARTS_OVER = "interrupted; nothing is left under the final name, the same command starts over"
+STARTS_OVER = "nothing is left under the final name, and the same command starts over"
 GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 
 
@@ -76,22 +78,27 @@ def _finish(
     arguments: Sequence[str] | None,
     command: Callable[[argparse.Namespace], None],
 ) -> int:
-    args = parser.parse_args(arguments)
-    interrupted = CONTINUES if getattr(args, "engine", None) == "native" else STARTS_OVER
+    open_streams()
     try:
         with _stopped_by_sigterm():
-            command(args)
+            command(parser.parse_args(arguments))
         return 0
     except ConfigError as error:
         status, message = 2, str(error)
     except (OmniSpeechError, OSError) as error:
         status, message = 1, str(error)
-    except Stopped:
-        status, message = 143, interrupted
-    except KeyboardInterrupt:
-        status, message = 130, interrupted
-    sys.stderr.write(f"\n{parser.prog}: {message}\n")
+    except KeyboardInterrupt as stop:
+        status, message = 143 if isinstance(stop, Stopped) else 130, _interrupted(stop)
+    sys.stderr.write(f"{parser.prog}: {message}\n")
     return status
+
+
+def _interrupted(stop: KeyboardInterrupt) -> str:
+    """A note of it says what is kept."""
+    notes = getattr(stop, "__notes__", [STARTS_OVER])
+    # a terminal has just shown ^C
+    line = "\n" if sys.stderr.isatty() else ""
+    return f"{line}interrupted; {notes[0]}"
 
 
 @contextmanager
@@ -119,6 +126,7 @@ def _chosen(args: argparse.Namespace) -> Choices:
 def _quantize(args: argparse.Namespace) -> None:
     refuse_opens2s(args.model_path)
     chosen = _chosen(args)
+
     from omnispeech.quantize_cli.text_model import quantize_text_model
 
     quantize_text_model(args.model_path, args.output_dir, chosen)
@@ -126,6 +134,7 @@ def _quantize(args: argparse.Namespace) -> None:
 
 def _quantize_llm(args: argparse.Namespace) -> None:
     chosen = _chosen(args)
+
     from omnispeech.quantize_cli.opens2s import quantize_part
 
     quantize_part(args.models, args.part, chosen)

@@ -2,25 +2,24 @@
 
 from pathlib import Path
 
-import torch
-
-from omnispeech.calibration.samples import Calibration
+from omnispeech.checkpoint.files import size_text
 from omnispeech.checkpoint.language import LanguageFiles, PartName
 from omnispeech.checkpoint.models_directory import LLMS, OPENS2S, SPEECH_LMS
 from omnispeech.errors import ConfigError
 from omnispeech.quantize_cli.calibrate import of_llm, of_speech_lm
 from omnispeech.quantize_cli.choices import Choices
 from omnispeech.quantize_cli.runs import (
+    FETCH,
     RESTART,
     Outcome,
-    gb,
     method_name,
+    open_model,
     part_size,
     push,
     quantize_model,
-    say,
     weights_size,
 )
+from omnispeech.quantize_cli.streams import say
 
 BANNER = """\
 ╔════════════════════════════════════════════════════════════════╗
@@ -33,18 +32,16 @@ NAMES: dict[PartName, str] = {"llm": "LLM", "speech_lm": "speech LM"}
 def quantize_part(models: Path, part: PartName, chosen: Choices) -> None:
     """Raises what the engines raise; nothing is under the final name then."""
     output = models / directory_name(part, chosen)
+    source = open_model(models / OPENS2S, part, FETCH.format(models))
     method = chosen.method.method.upper()
     say(BANNER.format(f"{method} Quantization for OmniSpeech {NAMES[part]} (Persistent on Disk)"))
-    source = LanguageFiles.open(models / OPENS2S, part)
     _tell_extraction(source, NAMES[part], chosen)
     say("", f"Step 2/3: Quantizing {NAMES[part]} with {method_name(chosen)}")
-
-    def calibrate(device: torch.device) -> Calibration:
-        if part == "speech_lm":
-            return of_speech_lm(models, chosen.calibrate, device)
-        return of_llm(source, chosen.calibrate, device)
-
-    outcome = quantize_model(source, calibrate, chosen, output)
+    if part == "speech_lm":
+        calibrator = of_speech_lm(models, chosen.calibrate)
+    else:
+        calibrator = of_llm(source, chosen.calibrate)
+    outcome = quantize_model(source, calibrator, chosen, output)
     if outcome is not None:
         _tell_result(source, NAMES[part], chosen, outcome, output)
         say(f"Next: {RESTART}{_serving_hint(output)}")
@@ -69,10 +66,10 @@ def directory_name(part: PartName, chosen: Choices) -> str:
 
 def _tell_extraction(source: LanguageFiles, name: str, chosen: Choices) -> None:
     copied = chosen.engine == "autoawq"
+    own, full = part_size(source), weights_size(source.directory)
     say(
         f"Step 1/3: Extracting {name} from OmniSpeech Checkpoint",
-        f"{name}: {gb(part_size(source))} of the {gb(weights_size(source.directory))} in "
-        f"{source.directory}",
+        f"{name}: {size_text(own)} of the {size_text(full)} in {source.directory}",
         f"Standalone {name} checkpoint "
         + (
             "saved for AutoAWQ, deleted when it is done"
@@ -92,8 +89,8 @@ def _tell_result(
         "",
         "Step 3/3: Verifying Quantization",
         *outcome.lines,
-        f"Original checkpoint (full): {gb(full)}",
-        f"Quantized {name} only: {gb(after)}",
+        f"Original checkpoint (full): {size_text(full)}",
+        f"Quantized {name} only: {size_text(after)}",
         f"Compression ratio: {full / after:.2f}x ({own / after:.2f}x of the {name} alone)",
         "Quantization successful!",
         "",

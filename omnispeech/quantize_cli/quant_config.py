@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from omnispeech.errors import ConfigError
+from omnispeech.quantization.methods.settings import BITS, GROUP_SIZES
 
 # {key: (name of the flag, type of its value)}
 COMMON: dict[str, tuple[str, type]] = {
@@ -27,21 +29,31 @@ GPTQ = COMMON | {
     "true_sequential": ("sequential", bool),
 }
 ALWAYS = {"symmetric": "sym", "sequential": "true_sequential"}  # no other value is written
+ALLOWED = {"bits": BITS, "group_size": GROUP_SIZES}
 
 
-def read_quant_config(text: str, *, gptq: bool) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A value, and where the user wrote it."""
+
+    value: Any
+    where: str
+
+
+def read_quant_config(text: str, *, gptq: bool) -> dict[str, Given]:
     """Values under the names of the flags; null means the default.
 
-    Raises ConfigError for what is no JSON object, and for keys and types that are not known.
+    Raises ConfigError for what is no JSON object, and for keys and types that are not known, or
+    a key that is there twice.
     """
     try:
-        raw = json.loads(text, parse_constant=_no_number)
+        raw = json.loads(text, parse_constant=_no_number, object_pairs_hook=_once_each)
     except ValueError as exc:
         raise ConfigError(f"--quant_config is not valid JSON: {exc}") from exc
     if not isinstance(raw, dict):
         raise ConfigError(f"--quant_config holds {type(raw).__name__}; allowed: one JSON object")
     known = GPTQ if gptq else AWQ
-    values: dict[str, Any] = {}
+    values: dict[str, Given] = {}
     for key, value in raw.items():
         if key not in known:
             raise ConfigError(
@@ -49,7 +61,8 @@ def read_quant_config(text: str, *, gptq: bool) -> dict[str, Any]:
             )
         name, kind = known[key]
         if value is not None:
-            check_agreement(values, name, _checked(key, value, kind), "--quant_config")
+            given = Given(_checked(key, value, kind), f"{key} in --quant_config")
+            add_given(values, name, given)
     return _without_fixed(values)
 
 
@@ -57,11 +70,24 @@ def _no_number(text: str) -> None:
     raise ValueError(f"{text} is no number of JSON")
 
 
-def check_agreement(values: dict[str, Any], name: str, value: Any, where: str) -> None:
-    """Adds `value`; raises ConfigError if the same thing was given otherwise before."""
-    if values.get(name, value) != value:
-        raise ConfigError(f"{name} is {values[name]!r} and, in {where}, {value!r}; give it once")
-    values[name] = value
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ConfigError(f"--quant_config: {twice[0]!r} is there twice; give it once")
+    return dict(pairs)
+
+
+def add_given(values: dict[str, Given], name: str, given: Given) -> None:
+    """Raises ConfigError if it is not allowed, or was given otherwise before."""
+    allowed = ALLOWED.get(name)
+    if allowed is not None and given.value not in allowed:
+        choices = ", ".join(map(str, allowed))
+        raise ConfigError(f"{given.where} is {given.value!r}; allowed: {choices}")
+    before = values.setdefault(name, given)
+    if before.value != given.value:
+        raise ConfigError(
+            f"{before.where} is {before.value!r} and {given.where} is {given.value!r}; give it once"
+        )
 
 
 def _checked(key: str, value: Any, kind: type) -> Any:
@@ -78,9 +104,9 @@ def _texts(values: list[Any]) -> bool:
     return all(isinstance(value, str) for value in values)
 
 
-def _without_fixed(values: Mapping[str, Any]) -> dict[str, Any]:
+def _without_fixed(values: Mapping[str, Given]) -> dict[str, Given]:
     for name, key in ALWAYS.items():
-        if values.get(name) is False:
+        if name in values and not values[name].value:
             raise ConfigError(
                 f"--quant_config: {key} is false; servers read only files where it is true"
             )

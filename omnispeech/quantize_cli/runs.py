@@ -1,8 +1,7 @@
 """One language model quantized, by either engine, and what is said about it."""
 
 import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,31 @@ import torch
 
 from omnispeech.assembly import choose_device
 from omnispeech.calibration.samples import Calibration
-from omnispeech.checkpoint.language import LanguageFiles
+from omnispeech.checkpoint.language import LanguageFiles, PartName
+from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.checkpoint.shards import weight_files
-from omnispeech.errors import ConfigError
+from omnispeech.checkpoint.tensor_file import TensorFile
+from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.quantization import autoawq_engine
-from omnispeech.quantization.output import check_place
+from omnispeech.quantization.memory import MemoryMonitor
+from omnispeech.quantization.output import check_place, is_filled, write_text
 from omnispeech.quantization.pipeline import run
-from omnispeech.quantization.plan import plan_conversion
+from omnispeech.quantization.plan import Plan, Work, make_plan
 from omnispeech.quantization.push import check_repository, push_to_hub
 from omnispeech.quantization.run_settings import RunSettings
-from omnispeech.quantize_cli.calibrate import token_samples
+from omnispeech.quantization.state import STREAMS, partial_path
+from omnispeech.quantize_cli.calibrate import Calibrator, token_samples
 from omnispeech.quantize_cli.choices import Choices
+from omnispeech.quantize_cli.remarks import remarks
+from omnispeech.quantize_cli.streams import say
 
+FETCH = (
+    "point --models or OMNISPEECH_MODELS at a models directory, fetch one: hf download "
+    "CASIA-LM/OpenS2S --local-dir {0}/OpenS2S, or make a small random one: omnispeech tiny {0}"
+)
 RESTART = "docker restart opens2s-server (without Docker: start model_worker.py again)"
 OUTLIERS = "outlier.json"  # of --max_quality, in the result
+CONTINUES = "finished layers ({}) are kept, and the same command goes on from there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,57 +44,93 @@ class Outcome:
     found: bool  # it was there already, and was checked again
 
 
-def say(*lines: str) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
+def open_model(directory: Path, part: PartName | None, advice: str) -> LanguageFiles:
+    """Raises ConfigError, with `advice` if it is not there: nothing was started then."""
+    if not (directory / "config.json").is_file():
+        raise ConfigError(f"{directory / 'config.json'} is missing: no model is there; {advice}")
+    try:
+        return LanguageFiles.open(directory, part)
+    except CheckpointError as exc:
+        raise ConfigError(str(exc)) from exc
 
 
 def quantize_model(
-    source: LanguageFiles,
-    calibrate: Callable[[torch.device], Calibration],
-    chosen: Choices,
-    output: Path,
+    source: LanguageFiles, calibrator: Calibrator, chosen: Choices, output: Path
 ) -> Outcome | None:
-    """None after a dry run. calibrate: on the device that was chosen; AutoAWQ reads text itself."""
-    say(*chosen.remarks)
+    """None after a dry run. AutoAWQ reads text itself, and `calibrator` is not used."""
+    say(*remarks(chosen))
     if chosen.push_to:
         check_repository(chosen.push_to)
     check_place(output, source.directory)
     device = choose_device(chosen.device)
-    settings = replace(chosen.run, device=str(device))
     if chosen.engine == "autoawq":
         outcome = _by_autoawq(source, chosen, device, output)
     else:
-        # misfits are told before the sound is encoded
-        plan_conversion(source, chosen.method, settings)
-        try:
-            calibration = calibrate(device)
-        except torch.OutOfMemoryError as exc:
-            raise ConfigError(
-                "the device is out of memory while the models hear the calibration data; use "
-                "--device cpu, or free the device"
-            ) from exc
-        outcome = _natively(source, calibration, chosen, settings, output)
+        outcome = _natively(source, calibrator, chosen, device, output)
     if outcome is None:
         say("dry run: nothing was written")
         return None
     if chosen.method.dump_salient:
-        _write_salient(chosen.salient_file or output / OUTLIERS, outcome.data)
+        _write_salient(chosen.salient_file or output / OUTLIERS, outcome.data, output)
     return outcome
 
 
 def _natively(
     source: LanguageFiles,
-    calibration: Calibration,
+    calibrator: Calibrator,
     chosen: Choices,
-    settings: RunSettings,
+    device: torch.device,
     output: Path,
 ) -> Outcome | None:
-    report = run(source, calibration, chosen.method, settings, output)
-    if report is None:
+    settings = replace(chosen.run, device=str(device))
+    found = is_filled(output) and not (settings.overwrite or settings.dry_run)
+    planned = [] if found else _plan_ahead(source, chosen, settings, output).lines()
+    calibrator.check(device)
+    if settings.dry_run:
+        say(*planned, "token numbers are upper bounds: nothing was listened to")
         return None
-    head = report.lines()
-    return Outcome(head[: head.index("")], report.data, report.found)
+    with MemoryMonitor() as monitor:
+        calibration = _listened(calibrator, device)
+    try:
+        report = run(
+            source,
+            calibration,
+            chosen.method,
+            settings,
+            output,
+            calibration_peak=monitor.total,
+        )
+    except KeyboardInterrupt as exc:
+        if done := finished_layers(output):
+            exc.add_note(CONTINUES.format(done))
+        raise
+    assert report is not None  # no dry run
+    return Outcome(report.summary_lines(), report.data, report.found)
+
+
+def _plan_ahead(
+    source: LanguageFiles, chosen: Choices, settings: RunSettings, output: Path
+) -> Plan:
+    """With as many tokens as there can be: what cannot fit is refused before anything is heard."""
+    most = chosen.calibrate.max_tokens
+    work = Work(tokens=most, longest=min(most, chosen.calibrate.seq_len))
+    return make_plan(source, work, chosen.method, settings, output)
+
+
+def _listened(calibrator: Calibrator, device: torch.device) -> Calibration:
+    try:
+        return calibrator.listen(device)
+    except torch.OutOfMemoryError as exc:
+        raise CheckpointError(
+            "the device is out of memory while the models hear the calibration data; use "
+            "--device cpu, or free the device"
+        ) from exc
+
+
+def finished_layers(output: Path) -> int:
+    """That an interrupted run has left, from which the same command goes on."""
+    streams = partial_path(output) / STREAMS
+    return int(TensorFile(streams).metadata["done"]) if streams.is_file() else 0
 
 
 def _by_autoawq(
@@ -109,15 +155,20 @@ def _by_autoawq(
     return Outcome(autoawq_engine.report_lines(data), data, data.get("found", False))
 
 
-def _write_salient(path: Path, data: Mapping[str, Any]) -> None:
-    """{name of a linear: its columns with the largest error}"""
+def _write_salient(path: Path, data: Mapping[str, Any], output: Path) -> None:
+    """{name of a linear: its columns with the largest error}; inside the result, it is entered."""
     listed = {
         f"model.layers.{layer['layer']}.{name}": linear["notes"]["salient"]
         for layer in data["layers"]
         for name, linear in layer["linears"].items()
         if "salient" in linear["notes"]
     }
-    path.write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(listed, indent=1) + "\n"
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+        if output.resolve() in path.resolve().parents:
+            manifest = Manifest(output.parent)
+            manifest.enter(output.name, manifest.entry(output.name).made)
     say(f"Salient columns listed: {path}")
 
 
@@ -144,8 +195,3 @@ def method_name(chosen: Choices) -> str:
 def push(chosen: Choices, output: Path) -> None:
     if chosen.push_to:
         say(f"Pushed: {push_to_hub(output, chosen.push_to, private=chosen.private)}")
-
-
-def gb(size: int) -> str:
-    """Two digits behind the point, more for what is small."""
-    return f"{size / 1e9:.2f} GB" if size >= 10**8 else f"{size / 1e9:.5f} GB"

@@ -2,27 +2,34 @@
 
 from pathlib import Path
 
-from omnispeech.checkpoint.language import LanguageFiles
+from omnispeech.checkpoint.files import size_text
 from omnispeech.quantize_cli.calibrate import of_text_model
 from omnispeech.quantize_cli.choices import Choices
-from omnispeech.quantize_cli.runs import gb, method_name, push, quantize_model, say, weights_size
+from omnispeech.quantize_cli.runs import (
+    method_name,
+    open_model,
+    push,
+    quantize_model,
+    weights_size,
+)
+from omnispeech.quantize_cli.streams import say
+
+FETCH = "name another with --model_path, or fetch one: hf download Qwen/Qwen3-8B --local-dir {}"
 
 
 def quantize_text_model(directory: Path, output: Path | None, chosen: Choices) -> None:
     """output: None for `<directory>/AWQ-4bit` and the like."""
     output = output or directory / default_name(chosen)
-    source = LanguageFiles.open(directory)
+    source = open_model(directory, None, FETCH.format(directory))
     say(f"Quantizing {directory} to {chosen.method.bits}-bit with {method_name(chosen)}")
-    outcome = quantize_model(
-        source, lambda _: of_text_model(source, chosen.calibrate), chosen, output
-    )
+    outcome = quantize_model(source, of_text_model(source, chosen.calibrate), chosen, output)
     if outcome is None:
         return
     before, after = weights_size(directory), weights_size(output)
     say(
         *outcome.lines,
-        f"Original model: {gb(before)}",
-        f"Quantized model: {gb(after)}",
+        f"Original model: {size_text(before)}",
+        f"Quantized model: {size_text(after)}",
         f"Compression ratio: {before / after:.2f}x",
         f"{'Found complete, checked again' if outcome.found else 'Saved and verified'}: {output}",
     )

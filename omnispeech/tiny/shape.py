@@ -17,15 +17,19 @@ class LanguageShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TinyShape:
-    """Sizes of the networks; the defaults make about 3 MB."""
+    """Sizes of the networks; the defaults make about 4 MB.
+
+    Inputs of the linears of both language models are multiples of 128, as of the published ones:
+    whatever quantizes those quantizes these.
+    """
 
     encoder_width: int = 64
     encoder_inner: int = 128
     encoder_layers: int = 2
     encoder_heads: int = 4
     adapter_inner: int = 32
-    llm: LanguageShape = LanguageShape(hidden=64, inner=128)
-    speech: LanguageShape = LanguageShape(hidden=48, inner=96)  # not heads * head_width
+    llm: LanguageShape = LanguageShape(hidden=128, inner=256, head_width=32)
+    speech: LanguageShape = LanguageShape(hidden=128, inner=128, heads=8, head_width=32)
     decoder: DecoderShape = field(default_factory=DecoderShape)
     merges: int = 300  # of the text tokenizer
     units: int = 512

@@ -1,16 +1,17 @@
 """Rounding with error compensation: what one column loses, later ones make good (spec:
 quantization 2.10)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from omnispeech.quantization.methods.grid import Grid, Rule
+from omnispeech.quantization.methods.grid import CHUNK, Grid, Rule
 
 BLOCK = 128  # columns that are settled before the rest hears of their errors
 DAMPING_RAISES = 4
+INVERTED = 256  # rows of a triangular matrix at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,7 +26,7 @@ class Factor:
 def factorize(gram: Tensor, *, by_activation: bool, damping: float) -> Factor | None:
     """gram: [K, K], untouched; None if no damping makes it definite.
 
-    Beside it no more than two matrices of its size live at a time.
+    Beside it lives one matrix of its size, the factor itself.
     """
     energy = gram.diagonal()
     order = torch.arange(len(gram), device=gram.device)
@@ -41,19 +42,41 @@ def factorize(gram: Tensor, *, by_activation: bool, damping: float) -> Factor | 
 
 def _inverse_factor(gram: Tensor, order: Tensor, ridge: float) -> Tensor | None:
     # If the reversed matrix is M M^T, the reversed inverse of M is the factor that is wanted:
-    # one decomposition in place of two, and no inverse of the matrix itself.
+    # one decomposition in place of two, no inverse of the matrix itself, and each step in place.
     back = order.flip(0)
     matrix = gram[back[:, None], back[None]]
     diagonal = matrix.diagonal()
     diagonal += ridge
     info = torch.empty((), dtype=torch.int32, device=gram.device)
-    torch.linalg.cholesky_ex(matrix, out=(matrix, info))
+    # in its transpose lie columns one after another, which the decomposition would copy it for
+    torch.linalg.cholesky_ex(matrix.T, upper=True, out=(matrix.T, info))
     if int(info) or not diagonal.isfinite().all():
         return None
-    inverse = torch.eye(len(gram), device=gram.device)
-    torch.linalg.solve_triangular(matrix, inverse, upper=False, out=inverse)
-    del matrix, diagonal
-    return inverse.flip(0, 1)
+    _invert_lower(matrix)
+    _turn_round(matrix)
+    return matrix
+
+
+def _invert_lower(matrix: Tensor) -> None:
+    """In place; [K, K] with zeros above the diagonal."""
+    for start in reversed(range(0, len(matrix), INVERTED)):
+        stop = min(start + INVERTED, len(matrix))
+        square = matrix[start:stop, start:stop]
+        one = torch.eye(stop - start, device=matrix.device)
+        square.copy_(torch.linalg.solve_triangular(square, one, upper=False))
+        below = matrix[stop:, start:stop]
+        below.copy_((matrix[stop:, stop:] @ below).neg_() @ square)
+
+
+def _turn_round(matrix: Tensor) -> None:
+    """Rows and columns from last to first, in place."""
+    flat = matrix.view(-1)
+    for start in range(0, len(flat) // 2, CHUNK):
+        stop = min(start + CHUNK, len(flat) // 2)
+        front, rear = flat[start:stop], flat[len(flat) - stop : len(flat) - start]
+        kept = front.flip(0)
+        front.copy_(rear.flip(0))
+        rear.copy_(kept)
 
 
 def compensate(w: Tensor, factor: Factor, grid: Grid) -> Tensor:
@@ -106,28 +129,17 @@ def _sweep(
     """column(step, weights left [K, N]) -> scale and zero [N]. Returns codes [N, K]."""
     upper, top = factor.upper, 2**bits - 1
     left = w.T[factor.order]  # [K, N] in the order of processing
-    codes = torch.empty(left.shape, dtype=torch.uint8, device=w.device)
-    diagonal = upper.diagonal().tolist()
+    codes = torch.empty(left.shape, dtype=torch.uint8, device=w.device)  # [K, N], neighbours
+    diagonal, columns = upper.diagonal().tolist(), factor.order.tolist()
     for start in range(0, len(left), BLOCK):
         stop = min(start + BLOCK, len(left))
         errors = torch.empty_like(left[start:stop])
         for i in range(start, stop):
             scale, zero = column(i, left)
             code = (left[i] / scale).round_().add_(zero).clamp_(0, top)
-            codes[i] = code
+            codes[columns[i]] = code
             errors[i - start] = left[i].sub(code.sub_(zero).mul_(scale)).div_(diagonal[i])
             left[i + 1 : stop].addr_(upper[i, i + 1 : stop], errors[i - start], alpha=-1)
         left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    ordered = torch.empty_like(codes)
-    ordered[factor.order] = codes
-    return ordered.T.contiguous()
-
-
-def split_rows(grid: Grid, codes: Tensor, sizes: Sequence[int]) -> list[tuple[Tensor, Grid]]:
-    """Several weights that were rounded as one, apart again."""
-    parts, start = [], 0
-    for size in sizes:
-        rows = slice(start, start + size)
-        parts.append((codes[rows], grid.rows(rows)))
-        start += size
-    return parts
+    del left
+    return codes.T.contiguous()

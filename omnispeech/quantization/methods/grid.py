@@ -1,5 +1,6 @@
 """Ranges of weight groups, and the 4 or 8 bit values inside them (spec: quantization 2.1, 3.2c)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 SIDE_SHRINKS = (0.95, 0.9, 0.85, 0.8)
 WIDEST_BLOCK = 256
 CHUNK = 1 << 20  # weights at a time: temporaries stay in the cache
+FEWEST_ROWS = 256  # at a time: fewer would wait for the Gram matrix they are multiplied by
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,8 +27,14 @@ class Grid:
 
     def codes(self, w: Tensor) -> Tensor:
         """[N, K] -> [N, K] uint8, nearest values, half to even."""
-        grouped = w.view(*self.scales.shape, -1)
-        return self._codes(grouped).to(torch.uint8).view_as(w)
+        codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+        start = 0
+        for rows in few_rows(w):
+            part = self.rows(slice(start, start + len(rows)))
+            grouped = rows.view(*part.scales.shape, -1)
+            codes[start : start + len(rows)] = part._codes(grouped).view_as(rows)
+            start += len(rows)
+        return codes
 
     def nearest(self, w: Tensor) -> Tensor:
         """[N, K] -> [N, K], each weight replaced by the nearest value."""
@@ -113,9 +121,7 @@ class Rule:
         w: [N, K], blocks: of the Gram matrix of the inputs.
         """
         step = max(1, CHUNK // w.shape[1])
-        parts = [self._heard(self.grouped(rows), blocks) for rows in torch.split(w, step)]
-        scales = torch.cat([grid.scales for grid in parts])
-        return Grid(scales, torch.cat([grid.zeros for grid in parts]), self.bits)
+        return joined([self._heard(self.grouped(rows), blocks) for rows in torch.split(w, step)])
 
     def _heard(self, w: Tensor, blocks: Tensor) -> Grid:
         low, high = _range(w)
@@ -137,6 +143,17 @@ class Rule:
                 torch.where(better, b, factors[1]),
             )
         return self.between(low * factors[0], high * factors[1])
+
+
+def few_rows(w: Tensor) -> tuple[Tensor, ...]:
+    """Views of all rows of w [N, ...], so many at a time that their temporaries are small."""
+    return torch.split(w, max(FEWEST_ROWS, CHUNK // w[0].numel()))
+
+
+def joined(parts: Sequence[Grid]) -> Grid:
+    """The grid of some rows below that of others."""
+    scales = torch.cat([grid.scales for grid in parts])
+    return Grid(scales, torch.cat([grid.zeros for grid in parts]), parts[0].bits)
 
 
 def _output_error(error: Tensor, blocks: Tensor) -> Tensor:

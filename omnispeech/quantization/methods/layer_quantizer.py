@@ -1,6 +1,6 @@
 """The methods: channel scales, rounding and a look back, for one decoder layer at a time."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,17 +10,18 @@ from torch import Tensor
 from omnispeech.errors import CheckpointError
 from omnispeech.layers.packing import QuantizedWeight
 from omnispeech.models.qwen3 import Block
+from omnispeech.quantization.memory import return_memory
 from omnispeech.quantization.method import LayerResult, LinearReport, Method
 from omnispeech.quantization.methods.autoawq import AutoAwq
 from omnispeech.quantization.methods.branches import BRANCHES, Branch, Trial, linear
 from omnispeech.quantization.methods.gptq import (
+    Factor,
     compensate,
     compensate_in_turn,
     factorize,
     groups_in_order,
-    split_rows,
 )
-from omnispeech.quantization.methods.grid import Grid, Rule
+from omnispeech.quantization.methods.grid import Grid, Rule, few_rows
 from omnispeech.quantization.methods.refine import refine
 from omnispeech.quantization.methods.salient import SalientColumns, describe, residual_columns
 from omnispeech.quantization.methods.scales import (
@@ -33,9 +34,10 @@ from omnispeech.quantization.methods.settings import MethodSettings
 from omnispeech.quantization.methods.statistics import (
     Moments,
     check_weights,
+    losses_of_rows,
     observe,
-    relative_losses,
 )
+from omnispeech.quantization.stored import install
 from omnispeech.quantization.stream import Stream
 
 STORED = torch.float16  # norms and biases of the written model
@@ -80,10 +82,10 @@ class LayerQuantizer:
     ) -> LayerResult:
         check_weights(block)
         _store_plain(block, [name for branch in BRANCHES for name in branch.linears])
-        outcomes = [
-            _BranchWork(self.settings, block, branch, quantized, kept).outcome()
-            for branch in BRANCHES
-        ]
+        outcomes = []
+        for branch in BRANCHES:
+            outcomes.append(_BranchWork(self.settings, block, branch, quantized, kept).outcome())
+            return_memory()
         weights = {name: w for outcome in outcomes for name, w in outcome.weights.items()}
         return LayerResult(
             weights=weights,
@@ -108,15 +110,15 @@ class _BranchWork:
         self.readers = tuple(name for name in branch.readers if name not in kept)
         self.last = tuple(name for name in (branch.last,) if name not in kept)
         self.rule = Rule(settings.bits, settings.group_size, settings.symmetric)
-        self.floats = {n: p.detach().clone() for n, p in branch.parameters(block)}
         self.trial = Trial(block, branch, stream, TRIAL_TOKENS)
+        self.floats = self.trial.floats
+        self.moments: dict[str, Moments] = {}
         self._listen()
 
     def outcome(self) -> Outcome:
         if not (names := (*self.readers, *self.last)):
             return Outcome()
-        floats = [(name, self._float(name)) for name in names]
-        plain = self.trial.loss_with({name: self.rule.widest(w).nearest(w) for name, w in floats})
+        plain = self.trial.loss_with(names, lambda w: self.rule.widest(w).nearest(w))
         for plan in self._plans():
             outcome = self._attempt(plan)
             last = [outcome.linears[name] for name in self.last]
@@ -145,35 +147,37 @@ class _BranchWork:
         if plan.scaled and self.last:
             self._scale_last()
         outcome = Outcome()
-        self._round(self.readers, plan, outcome)
-        if plan.compensated and self.readers and self.last:
+        # the last linear makes good what the readers lost, too
+        again = plan.compensated and self.readers and self.last
+        if again:
             del self.moments[b.last]
-            # the last linear makes good what the readers lost, too
+        self._round(self.readers, plan, outcome)
+        del self.moments[b.readers[0]]
+        if again:
             self.moments |= observe(self.block, b, self.stream, [b.last])
         self._round(self.last, plan, outcome)
         return outcome
 
     def _listen(self) -> None:
         b = self.branch
-        self.moments = observe(self.block, b, self.stream, [b.readers[0], b.last])
+        self.moments.clear()  # before others are made
+        self.moments |= observe(self.block, b, self.stream, [b.readers[0], b.last])
         heard = {name: m.magnitude.clone() for name, m in self.moments.items()}
         self.heard = {name: heard.get(name, heard[b.readers[0]]) for name in b.linears}
-        self.columns = {n: torch.ones_like(self._float(n)[0]) for n in b.linears}  # multiplied by
-        self.rows = {n: torch.ones_like(self._float(n)[:, :1]) for n in b.linears}  # divided by
+        weights = {name: linear(self.block, name).weight for name in b.linears}
+        self.columns = {n: torch.ones_like(w[0]) for n, w in weights.items()}  # multiplied by
+        self.rows = {n: torch.ones_like(w[:, :1]) for n, w in weights.items()}  # divided by
 
     def _start_again(self) -> None:
-        for name, parameter in self.branch.parameters(self.block):
-            parameter.copy_(self.floats[name])
+        self.floats.restore()
         self._listen()
-
-    def _float(self, name: str) -> Tensor:
-        return self.floats[f"{name}.weight"]
 
     def _scale_readers(self) -> None:
         names = self.branch.readers
         moments = self.moments[names[0]]
         tie = torch.arange(len(moments.magnitude), device=moments.magnitude.device)
-        search = Search([self._float(n) for n in names], moments, self.settings, tie)
+        weights = [linear(self.block, n).weight for n in names]
+        search = Search(weights, moments, self.settings, tie)
         choice = search.best_of_true(self.trial, names)
         scales = fold_into_norm(self.block, self.branch, choice.scales, STORED)
         moments.divide(scales)
@@ -185,7 +189,7 @@ class _BranchWork:
         b = self.branch
         moments = self.moments[b.last]
         tie = b.tie(self.block).to(moments.magnitude.device)
-        choice = Search([self._float(b.last)], moments, self.settings, tie).best()
+        choice = Search([linear(self.block, b.last).weight], moments, self.settings, tie).best()
         fold_into_rows(self.block, b, choice.scales, tie, STORED)
         moments.divide(choice.scales[tie])
         self.columns[b.last] = choice.scales[tie]
@@ -193,70 +197,88 @@ class _BranchWork:
         self.notes[b.last] |= choice.describe()
 
     def _round(self, names: Sequence[str], plan: _Plan, outcome: Outcome) -> None:
-        """Linears that read the same thing are rounded as one."""
+        """Linears that read the same thing share what is made of its moments."""
         if not names:
             return
         moments = self.moments[names[0]]
-        parts = [linear(self.block, name).weight for name in names]
-        w = torch.cat(list(parts)) if len(parts) > 1 else parts[0].detach()
-        codes, grid, group_of, notes = self._codes(w, moments, plan)
-        for name, (own, part) in zip(
-            names, split_rows(grid, codes, [len(p) for p in parts]), strict=True
-        ):
-            self.notes[name] |= notes
-            outcome.weights[name] = part.weight(own, group_of)
-            linear(self.block, name).weight.copy_(outcome.weights[name].dequantize())
+        factor = self._factor(names, moments, plan)
+        rounded = {
+            name: self._codes(linear(self.block, name).weight, moments, plan, factor)
+            for name in names
+        }
+        del factor  # as large as the Gram matrix
+        for name, (codes, grid, group_of) in rounded.items():
+            if self.settings.passes > 1 and not plan.plain:
+                codes, grid = self._refined(name, moments, codes, grid, group_of)
+            outcome.weights[name] = grid.weight(codes, group_of)
+            install(self.block, {name: outcome.weights[name]}, {})
             self._judge(name, moments, outcome)
 
-    def _codes(
-        self, w: Tensor, moments: Moments, plan: _Plan
-    ) -> tuple[Tensor, Grid, Tensor | None, dict[str, Any]]:
-        """Codes [N, K], their grid, the group of each column if not neighbours, notes."""
+    def _factor(self, names: Sequence[str], moments: Moments, plan: _Plan) -> Factor | None:
+        if not plan.compensated:
+            return None
         s = self.settings
-        fit = self.rule.widest(w)
-        if not plan.plain:
-            fit = final_fit(s, self.rule)(w, moments.gram)
-        codes, grid, group_of = fit.codes(w), fit, None
-        notes: dict[str, Any] = {}
-        if plan.compensated:
-            factor = factorize(moments.gram, by_activation=s.act_order, damping=s.damping)
-            if factor is None:
-                notes["rounding"] = "nearest: no damping made the Gram matrix definite"
-            elif s.fixed_groups:
-                notes["damping"] = factor.damping
-                codes = compensate(w, factor, fit)
-            else:
-                notes["damping"] = factor.damping
-                codes, grid = compensate_in_turn(w, factor, self.rule)
-                group_of = groups_in_order(factor.order, w.shape[1] // grid.scales.shape[1])
-            del factor
-        if s.passes > 1 and not plan.plain:
-            known = group_of if group_of is not None else self._neighbours(w, grid)
-            better = refine(
-                w, moments.gram, codes, grid, group_of=known.long(), passes=s.passes - 1
+        factor = factorize(moments.gram, by_activation=s.act_order, damping=s.damping)
+        for name in names:
+            self.notes[name] |= (
+                {"damping": factor.damping}
+                if factor is not None
+                else {"rounding": "nearest: no damping made the Gram matrix definite"}
             )
-            codes, grid = better.codes, better.grid
-            notes |= {"passes": len(better.losses), "losses": better.losses}
-        return codes, grid, group_of, notes
+        return factor
+
+    def _codes(
+        self, w: Tensor, moments: Moments, plan: _Plan, factor: Factor | None
+    ) -> tuple[Tensor, Grid, Tensor | None]:
+        """Codes [N, K], their grid, the group of each column if not neighbours."""
+        if factor is not None and not self.settings.fixed_groups:
+            codes, grid = compensate_in_turn(w, factor, self.rule)
+            return codes, grid, groups_in_order(factor.order, w.shape[1] // grid.scales.shape[1])
+        narrowed = final_fit(self.settings, self.rule)
+        fit = self.rule.widest(w) if plan.plain else narrowed(w, moments.gram)
+        return (fit.codes(w) if factor is None else compensate(w, factor, fit)), fit, None
+
+    def _refined(
+        self, name: str, moments: Moments, codes: Tensor, grid: Grid, group_of: Tensor | None
+    ) -> tuple[Tensor, Grid]:
+        w = linear(self.block, name).weight
+        known = group_of if group_of is not None else self._neighbours(w, grid)
+        better = refine(
+            w,
+            moments.gram,
+            codes,
+            grid,
+            group_of=known.long(),
+            passes=self.settings.passes - 1,
+        )
+        self.notes[name] |= {"passes": len(better.losses), "losses": better.losses}
+        return better.codes, better.grid
 
     def _neighbours(self, w: Tensor, grid: Grid) -> Tensor:
         width = w.shape[1] // grid.scales.shape[1]
         return torch.arange(w.shape[1], device=w.device) // width
 
     def _judge(self, name: str, moments: Moments, outcome: Outcome) -> None:
-        s, float_weight, columns = self.settings, self._float(name), self.columns[name]
-        quantized = linear(self.block, name).weight
-        if s.dump_salient or s.salient_quota:
-            error = quantized - float_weight * columns / self.rows[name]
-            if s.dump_salient:
-                self.notes[name]["salient"] = describe(error, moments.energy, self.heard[name])
-            if s.salient_quota:
-                outcome.salient[name] = residual_columns(error, moments.energy, s.salient_quota)
-        result = quantized * self.rows[name] / columns  # in the channels of the source
-        loss, nearest = relative_losses(float_weight, result, moments.gram, columns, self.rule)
+        s, columns = self.settings, self.columns[name]
+        error = self.floats.weight(name).mul_(columns).div_(self.rows[name])
+        error.neg_().add_(linear(self.block, name).weight)
+        self.notes[name]["salient"] = describe(error, moments.energy, self.heard[name])
+        if s.salient_quota:
+            outcome.salient[name] = residual_columns(error, moments.energy, s.salient_quota)
+        del error
+        loss, nearest = losses_of_rows(self._pairs(name), moments.gram, columns, self.rule)
         outcome.linears[name] = LinearReport(
             loss=loss, nearest_loss=nearest, notes=self.notes[name]
         )
+
+    def _pairs(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some rows [N, K] at a time: float weights and their result, in channels of the source."""
+        start = 0
+        for quantized in few_rows(linear(self.block, name).weight):
+            rows = slice(start, start + len(quantized))
+            result = (quantized * self.rows[name][rows]).div_(self.columns[name])
+            yield self.floats.weight(name, rows), result
+            start = rows.stop
 
 
 def _store_plain(block: Block, packed: Collection[str]) -> dict[str, Tensor]:

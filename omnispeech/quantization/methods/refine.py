@@ -8,8 +8,9 @@ from torch import Tensor
 
 from omnispeech.quantization.methods.gptq import BLOCK
 from omnispeech.quantization.methods.grid import SMALLEST_SCALE, Grid
-from omnispeech.quantization.methods.statistics import ROWS, output_energy
+from omnispeech.quantization.methods.statistics import output_energy
 
+ROWS = 1024  # of a weight at a time
 ENOUGH = 1e-3  # a pass that lowers the loss by less is the last
 
 

@@ -26,8 +26,9 @@ def column_scores(error: Tensor, energy: Tensor) -> Tensor:
 
 
 def describe(error: Tensor, energy: Tensor, magnitude: Tensor) -> dict[str, Any]:
-    """What --dump-salient says of a linear. magnitude: [K] E|x| before channels were scaled.
+    """The columns of a linear whose errors are heard most, for its report.
 
+    error: [N, K], energy: [K] E[x^2], magnitude: [K] E|x| before channels were scaled.
     rank is the place of a column among all by E[x^2], 0 the largest.
     """
     scores = column_scores(error, energy)

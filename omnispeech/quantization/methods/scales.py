@@ -13,12 +13,13 @@ from torch import Tensor
 
 from omnispeech.models.qwen3 import Block
 from omnispeech.quantization.methods.branches import Branch, Trial, linear
-from omnispeech.quantization.methods.grid import Grid, Rule
+from omnispeech.quantization.methods.grid import Grid, Rule, few_rows, joined
 from omnispeech.quantization.methods.settings import MethodSettings
-from omnispeech.quantization.methods.statistics import ROWS, Moments, output_energy
+from omnispeech.quantization.methods.statistics import Moments, output_energy
 
 COARSE = 10  # steps from ratio 0 to 1
 LIMIT = 1e4  # no channel is scaled further apart
+ROWS = 1024  # of the linears together that candidates are told apart by; losses are sums over rows
 
 Fit = Callable[[Tensor, Tensor], Grid]  # weights [N, K], Gram matrix of their inputs -> their grid
 
@@ -41,7 +42,9 @@ class Search:
         self, weights: Sequence[Tensor], moments: Moments, settings: MethodSettings, tie: Tensor
     ) -> None:
         """weights: [N, K] each; tie: [K] -> index of the scale that each column takes."""
-        self.weights, self.moments, self.tie = weights, moments, tie
+        every = max(1, sum(map(len, weights)) // ROWS)
+        self.rows = [w[::every] for w in weights]
+        self.moments, self.tie = moments, tie
         self.rule = Rule(settings.bits, settings.group_size, settings.symmetric)
         self.final = final_fit(settings, self.rule)
         self.settings = settings
@@ -64,10 +67,7 @@ class Search:
         ranked = self.ranked()
         finalists = [c for c in ranked if c.kind != "identity"][:2]
         finalists.insert(0, next(c for c in ranked if c.kind == "identity"))
-        judged = [
-            replace(c, loss=trial.loss_with(dict(zip(names, self._rounded(c), strict=True))))
-            for c in finalists
-        ]
+        judged = [replace(c, loss=trial.loss_with(names, self._rounding(c))) for c in finalists]
         return min(judged, key=lambda c: c.loss)
 
     def _coarse(self) -> Iterable[Choice]:
@@ -108,22 +108,30 @@ class Search:
 
     def _loss(self, scales: Tensor, fit: Fit) -> float:
         """tr(dW gram dW^T), summed over the linears."""
-        gram = self._gram(scales)
+        gram = self._fitted(scales)
         total = torch.zeros((), device=scales.device)
-        for w in self.weights:
-            for rows in torch.split(w, ROWS):
+        for w in self.rows:
+            for rows in few_rows(w):
                 scaled = rows * scales
-                total += output_energy(fit(scaled, gram).nearest(scaled).sub_(scaled), gram).sum()
+                error = fit(scaled, gram).nearest(scaled).sub_(scaled).div_(scales)
+                total += output_energy(error, self.moments.gram).sum()
         return float(total)
 
-    def _rounded(self, choice: Choice) -> list[Tensor]:
+    def _rounding(self, choice: Choice) -> Callable[[Tensor], Tensor]:
+        """Weights [N, K] -> the same, rounded while they are scaled."""
         scales = choice.scales[self.tie]
-        gram = self._gram(scales)
-        scaled = [w * scales for w in self.weights]
-        return [self.final(w, gram).nearest(w).div_(scales) for w in scaled]
+        gram = self._fitted(scales)
 
-    def _gram(self, scales: Tensor) -> Tensor:
-        """Of inputs that are divided by scales [K]."""
+        def rounded(w: Tensor) -> Tensor:
+            scaled = w * scales
+            return self.final(scaled, gram).nearest(scaled).div_(scales)
+
+        return rounded
+
+    def _fitted(self, scales: Tensor) -> Tensor:
+        """What ranges are narrowed by: the Gram matrix of inputs that are divided by scales [K]."""
+        if not self.settings.clips:
+            return self.moments.gram
         return (self.moments.gram / scales).div_(scales[:, None])
 
     def _widest(self, w: Tensor, gram: Tensor) -> Grid:
@@ -134,12 +142,14 @@ def final_fit(settings: MethodSettings, rule: Rule) -> Fit:
     """The range quantizer that the stored weights are made with."""
 
     def narrowed(w: Tensor, gram: Tensor) -> Grid:
+        blocks = rule.blocks(gram)
+        return joined([better(rows, blocks, gram) for rows in few_rows(w)])
+
+    def better(w: Tensor, blocks: Tensor, gram: Tensor) -> Grid:
         # groups are narrowed one by one; together they must still be better, row by row
-        heard, widest = rule.heard(w, rule.blocks(gram)), rule.widest(w)
-        better = output_energy(heard.nearest(w) - w, gram) < output_energy(
-            widest.nearest(w) - w, gram
-        )
-        return heard.where(better, widest)
+        heard, widest = rule.heard(w, blocks), rule.widest(w)
+        errors = [output_energy(grid.nearest(w).sub_(w), gram) for grid in (heard, widest)]
+        return heard.where(errors[0] < errors[1], widest)
 
     return narrowed if settings.clips else lambda w, gram: rule.widest(w)
 
@@ -148,7 +158,7 @@ def weight_share(weights: Sequence[Tensor], rule: Rule) -> Tensor:
     """[K] mean over all rows of |w| over the largest of its group."""
     total = torch.zeros(weights[0].shape[1], device=weights[0].device)
     for w in weights:
-        for rows in torch.split(w, ROWS):
+        for rows in few_rows(w):
             size = rule.grouped(rows).abs()
             total += (size / (size.amax(-1, keepdim=True) + 1e-6)).view_as(rows).sum(0)
     return total / sum(len(w) for w in weights)

@@ -1,4 +1,7 @@
-"""What can be chosen about a method of quantizing, and which choices contradict each other."""
+"""What can be chosen about a method of quantizing, and which choices contradict each other.
+
+Errors name the flag of the commands that a field is set by.
+"""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -10,6 +13,8 @@ Rounding = Literal["gptq", "rtn"]
 Duo = Literal["on", "off", "both"]
 Arithmetic = Literal["float16", "float32"]
 
+BITS = (4, 8)
+DAMPING = 0.01
 GROUP_SIZES = (32, 64, 128, 256, -1)
 
 
@@ -30,7 +35,7 @@ class MethodSettings:
     passes: int = 1  # cap of refinements: scales refitted, codes rounded again
     desc_act: bool | None = None  # columns in the order of falling activations
     static_groups: bool | None = None  # groups of neighbours, fixed before rounding starts
-    damping: float = 0.01  # of the mean diagonal, added to the Gram matrix
+    damping: float = DAMPING  # of the mean diagonal, added to the Gram matrix
     salient_quota: float = 0.0  # share of columns with an int8 residual beside the file
     dump_salient: bool = False
 
@@ -39,7 +44,7 @@ class MethodSettings:
         if self.method == "awq" and self.bits == 8 and self.zero_point:
             raise ConfigError(
                 "8-bit AWQ has no zero points, because it is stored in the GPTQ layout; "
-                "leave zero_point out or use bits=4"
+                "leave --zero-point out or use --bits 4"
             )
         if self.compatible:
             self._check_compatible()
@@ -85,48 +90,62 @@ class MethodSettings:
     def _check_values(self) -> None:
         for name, value, allowed in (
             ("method", self.method, get_args(MethodName)),
-            ("bits", self.bits, (4, 8)),
-            ("group_size", self.group_size, GROUP_SIZES),
-            ("rounding", self.rounding, (None, *get_args(Rounding))),
-            ("duo_scaling", self.duo_scaling, (None, *get_args(Duo))),
+            ("--bits", self.bits, BITS),
+            ("--q-group-size", self.group_size, GROUP_SIZES),
+            ("--rounding", self.rounding, (None, *get_args(Rounding))),
+            ("--duo_scaling", self.duo_scaling, (None, *get_args(Duo))),
             ("compatible_dtype", self.compatible_dtype, get_args(Arithmetic)),
         ):
             if value not in allowed:
                 choices = ", ".join(str(a) for a in allowed if a is not None)
                 raise ConfigError(f"{name} is {value!r}; allowed: {choices}")
-        for name, count in (("search_step", self.search_step), ("passes", self.passes)):
+        for name, count in (("--search-step", self.search_step), ("--iter", self.passes)):
             if type(count) is not int or count < 1:
-                raise ConfigError(f"{name} is {count!r}; it must be a whole number of at least 1")
+                raise ConfigError(f"{name} is {count!r}; allowed: whole numbers of at least 1")
         if not 0 < self.damping < 1:
-            raise ConfigError(f"damping is {self.damping}; it must lie between 0 and 1")
+            raise ConfigError(f"damp_percent is {self.damping}; it must lie between 0 and 1")
         if not 0 <= self.salient_quota <= 0.5:
-            raise ConfigError(f"salient_quota is {self.salient_quota}; it must lie in 0 to 0.5")
+            raise ConfigError(f"--salient-quota is {self.salient_quota}; it must lie in 0 to 0.5")
 
     def _check_compatible(self) -> None:
-        for wrong, reason in (
-            (self.method == "gptq", "is AWQ, not gptq"),
-            (self.rounding == "gptq", "rounds to nearest"),
-            (self.duo_scaling == "both", "searches one grid: duo_scaling on or off"),
-            (self.search_step != 1 or self.passes != 1, "has a fixed grid and one pass"),
-            (self.bits != 4, f"is 4 bit, not {self.bits}"),
-            (bool(self.salient_quota) or self.dump_salient, "knows no salient columns"),
+        for wrong, reason, advice in (
+            (self.method == "gptq", "is AWQ, not gptq", "drop --gptq"),
+            (self.rounding == "gptq", "rounds to nearest", "drop --rounding gptq"),
+            (self.duo_scaling == "both", "searches one grid", "use --duo_scaling on or off"),
+            (
+                self.search_step != 1 or self.passes != 1,
+                "has a fixed grid and one pass",
+                "drop --iter, --search-step and --max_quality",
+            ),
+            (self.bits != 4, f"is 4 bit, not {self.bits}", "drop --bits"),
+            (
+                bool(self.salient_quota) or self.dump_salient,
+                "knows no salient columns",
+                "drop --salient-quota, --dump-salient and --max_quality",
+            ),
         ):
             if wrong:
-                raise ConfigError(f"AutoAWQ's recipe {reason}; change that or drop compatible")
+                raise ConfigError(
+                    f"AutoAWQ's recipe {reason}; {advice}, or do without --compatible and "
+                    "--engine autoawq"
+                )
 
     def _check_plain(self) -> None:
         if self.duo_scaling is not None:
             raise ConfigError(
-                f"duo_scaling shapes AWQ's channel scales; {self.method} has none: drop it"
+                f"--duo_scaling shapes AWQ's channel scales; {self.method} has none: drop it"
             )
         if self.method == "gptq" and (self.search_step != 1 or self.apply_clip is not None):
             raise ConfigError(
-                "search_step and apply_clip are of AWQ's search; GPTQ has none: drop them"
+                "--search-step and --apply_clip are of AWQ's search; GPTQ has none: drop them"
             )
         if self.method == "gptq" and self.zero_point:
-            raise ConfigError("GPTQ files are symmetric here; leave zero_point out")
+            raise ConfigError("GPTQ files are symmetric here; leave --zero-point out")
         if self.method == "gptq" and self.rounding == "rtn":
-            raise ConfigError("gptq is a way of rounding; for rounding to nearest use method rtn")
+            raise ConfigError(
+                "--gptq is a way of rounding; drop --rounding rtn (rounding to nearest alone is "
+                "method rtn), or quantize with --awq"
+            )
         if self.method == "rtn" and self.passes != 1:
             raise ConfigError("rtn rounds once; for more passes use method awq or gptq")
 
@@ -134,6 +153,7 @@ class MethodSettings:
         if self.method == "rtn" and self.rounding == "gptq":
             raise ConfigError("rtn rounds to nearest; for rounding=gptq use method gptq or awq")
         if self.rounds == "gptq":
+            self._check_groups()
             return
         if self.desc_act:
             raise ConfigError(
@@ -141,11 +161,19 @@ class MethodSettings:
                 "use --rounding gptq or drop the flag"
             )
         if self.static_groups:
-            raise ConfigError("static_groups has no effect on rounding to nearest; drop it")
+            raise ConfigError("--static-groups has no effect on rounding to nearest; drop it")
+
+    def _check_groups(self) -> None:
+        if self.method == "gptq" and self.static_groups and not self.act_order:
+            raise ConfigError(
+                "--static-groups has no effect on columns in their own order; add "
+                "--gptq_desc_act, or drop it"
+            )
 
     def _check_salient(self) -> None:
         if self.salient_quota and self.rounds == "gptq":
+            awq = " with --awq" if self.method == "gptq" else ""
             raise ConfigError(
                 "salient columns are already compensated; "
-                "use --dump-salient for analysis or --rounding rtn"
+                f"use --dump-salient for analysis or --rounding rtn{awq}"
             )

@@ -1,6 +1,6 @@
 """What a linear hears: first and second moments of its inputs over the counted tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,10 +8,8 @@ from torch import Tensor, nn
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.models.qwen3 import Block
 from omnispeech.quantization.methods.branches import Branch
-from omnispeech.quantization.methods.grid import Rule
+from omnispeech.quantization.methods.grid import Rule, few_rows
 from omnispeech.quantization.stream import Stream
-
-ROWS = 1024  # of a weight at a time
 
 
 class Moments:
@@ -83,8 +81,11 @@ def observe(
     handles = [watch(name) for name in names]
     try:
         for batch in stream.batches():
-            lengths, counted = batch.lengths, batch.counted
-            branch.run(block, batch, branch.enter(block, batch))
+            state = branch.enter(block, batch)
+            for tokens, inside in branch.shares(batch):
+                lengths, counted = inside, batch.counted[tokens]
+                branch.run(block, batch, state[tokens])
+            del state  # before the next is made
     finally:
         for handle in handles:
             handle.remove()
@@ -95,7 +96,7 @@ def observe(
 
 def output_energy(w: Tensor, gram: Tensor) -> Tensor:
     """[N] mean square of each output of weights [N, K]: diag(w gram w^T)."""
-    return torch.cat([((rows @ gram) * rows).sum(1) for rows in torch.split(w, ROWS)])
+    return torch.cat([(rows @ gram).mul_(rows).sum(1) for rows in few_rows(w)])
 
 
 def relative_losses(
@@ -105,13 +106,20 @@ def relative_losses(
 
     w, result: [N, K] in the channels of the source; gram: of inputs divided by columns [K].
     """
+    pairs = zip(few_rows(w), few_rows(result), strict=True)
+    return losses_of_rows(pairs, gram, columns, rule)
+
+
+def losses_of_rows(
+    pairs: Iterable[tuple[Tensor, Tensor]], gram: Tensor, columns: Tensor, rule: Rule
+) -> tuple[float, float]:
+    """The same, of some rows of the true weight and of the result at a time."""
     energy = loss = nearest = 0.0
-    for start in range(0, len(w), ROWS):
-        true = w[start : start + ROWS]
+    for true, result in pairs:
         plain = rule.widest(true).nearest(true)
         energy += float(output_energy(true * columns, gram).sum())
-        loss += float(output_energy((result[start : start + ROWS] - true) * columns, gram).sum())
-        nearest += float(output_energy((plain - true) * columns, gram).sum())
+        loss += float(output_energy((result - true).mul_(columns), gram).sum())
+        nearest += float(output_energy(plain.sub_(true).mul_(columns), gram).sum())
     floor = max(energy, 1e-30)
     return loss / floor, nearest / floor
 

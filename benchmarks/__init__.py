@@ -1,0 +1,1 @@
+"""What bench.py measures. Nothing of the product imports this."""
