@@ -155,6 +155,8 @@ def test_a_signal_leaves_what_the_same_command_goes_on_from(
     assert quantize(model, *text, "--output_dir", str(tmp_path / "whole")) == 0
     real = layer_quantizer.LayerQuantizer.quantize
     layers = []
+    # a shell starts what runs in its background with SIGINT ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupted(self: Any, block: Any, floats: Any, quantized: Any, kept: Any) -> Any:
         layers.append(block)

@@ -103,6 +103,19 @@ def test_the_config_is_that_of_autoawq(source: LanguageFiles, tmp_path: Path) ->
     }
     own = json.loads((tmp_path / "out/quant_config.json").read_text())
     assert (own["w_bit"], own["q_group_size"], own["version"]) == (4, 32, "gemm")
+    assert "dynamic" not in own
+
+
+def test_kept_layers_are_told_to_gptqmodel_in_the_file_that_it_reads(
+    source: LanguageFiles, tmp_path: Path
+) -> None:
+    quantize(source, tmp_path / "out", keep_fp_layers=(-1,))
+    own = json.loads((tmp_path / "out/quant_config.json").read_text())
+    last = source.config.num_hidden_layers - 1
+    assert rf"-:^model\.layers\.{last}\.mlp\.down_proj$" in own["dynamic"]
+    assert len(own["dynamic"]) == 7
+    stored = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert "dynamic" not in stored
 
 
 def test_symmetric_codes_are_stored_with_zero_points(source: LanguageFiles, tmp_path: Path) -> None:

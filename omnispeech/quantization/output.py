@@ -126,6 +126,8 @@ def write_configs(directory: Path, raw: Mapping[str, Any], quantization: Mapping
     write_json(directory / "config.json", config)
     renamed = {"group_size": "q_group_size", "bits": "w_bit"}
     names = {renamed.get(name, name): value for name, value in quantization.items()}
+    if kept := quantization.get("modules_to_not_convert"):
+        names["dynamic"] = left_out(kept)  # gptqmodel reads this file, and that name alone
     write_json(directory / "quant_config.json", names)
 
 
@@ -161,8 +163,13 @@ def _gptq_config(scheme: Scheme, kept: Sequence[str], act_order: bool) -> dict[s
     }
     if kept:
         config["modules_to_not_convert"] = list(kept)
-        config["dynamic"] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in kept}
+        config["dynamic"] = left_out(kept)
     return config
+
+
+def left_out(kept: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Full names of linears that stayed float -> gptqmodel's rules for them."""
+    return {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in kept}
 
 
 def write_json(path: Path, value: Any) -> None:
