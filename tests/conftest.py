@@ -1,5 +1,8 @@
 import os
+import shutil
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # two cores in CI, several workers: torch's own threads would only fight
@@ -13,3 +16,42 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("omnispeech")
+
+
+# What the tests of the quantizing commands share; the product is imported when they ask for it.
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from command_models import write_originals
+
+    place = tmp_path_factory.mktemp("originals")
+    write_originals(place)
+    return place
+
+
+@pytest.fixture
+def model(originals: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(originals / "text", tmp_path / "MyModel"))
+
+
+@pytest.fixture
+def models(originals: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(originals / "models", tmp_path / "models"))
+
+
+@pytest.fixture
+def text(originals: Path) -> list[str]:
+    return ["--calib-text", str(originals / "calibration.txt")]
+
+
+@pytest.fixture
+def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    from command_models import VARIABLES
+
+    from omnispeech.quantize_cli.commands import GPUS
+
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name in GPUS:
+        monkeypatch.setenv(name, "0")  # put back afterwards

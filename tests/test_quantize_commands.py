@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 from command_models import (
     QUICK,
-    VARIABLES,
     config,
     quantize,
     quantize_llm,
     tensors,
-    write_originals,
 )
 
 from omnispeech.checkpoint.files import size_text
@@ -25,37 +23,9 @@ from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.quantization.methods import layer_quantizer
 from omnispeech.quantize_cli import calibrate, commands, runs
 
+pytestmark = pytest.mark.usefixtures("no_settings_of_this_machine")
+
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("originals")
-    write_originals(place)
-    return place
-
-
-@pytest.fixture(autouse=True)
-def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    for name in commands.GPUS:
-        monkeypatch.setenv(name, "0")  # put back afterwards
-
-
-@pytest.fixture
-def model(originals: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(originals / "text", tmp_path / "MyModel"))
-
-
-@pytest.fixture
-def text(originals: Path) -> list[str]:
-    return ["--calib-text", str(originals / "calibration.txt")]
-
-
-@pytest.fixture
-def models(originals: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(originals / "models", tmp_path / "models"))
 
 
 # quantize.py

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,36 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from command_models import VARIABLES, chosen, config, quantize, tensors, write_originals
+from command_models import chosen, config, quantize, tensors
 from safetensors.torch import load_file
 
 from omnispeech.quantization.methods import layer_quantizer
 from omnispeech.quantize_cli import commands
 
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("originals")
-    write_originals(place)
-    return place
-
-
-@pytest.fixture(autouse=True)
-def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    for name in commands.GPUS:
-        monkeypatch.setenv(name, "0")  # put back afterwards
-
-
-@pytest.fixture
-def model(originals: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(originals / "text", tmp_path / "MyModel"))
-
-
-@pytest.fixture
-def text(originals: Path) -> list[str]:
-    return ["--calib-text", str(originals / "calibration.txt")]
+pytestmark = pytest.mark.usefixtures("no_settings_of_this_machine")
 
 
 def test_defect_1_quant_config_is_a_flag_and_is_merged_with_the_defaults(

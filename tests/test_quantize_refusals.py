@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_models import QUICK, VARIABLES, quantize, quantize_llm, write_originals
+from command_models import QUICK, quantize, quantize_llm
 
 from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.checkpoint.models_directory import choose_sources
@@ -19,35 +18,7 @@ from omnispeech.quantization.methods.layer_quantizer import LayerQuantizer
 from omnispeech.quantize_cli import calibrate, commands, room, runs
 from omnispeech.quantize_cli.streams import open_streams, say
 
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("originals")
-    write_originals(place)
-    return place
-
-
-@pytest.fixture(autouse=True)
-def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    for name in commands.GPUS:
-        monkeypatch.setenv(name, "0")  # put back afterwards
-
-
-@pytest.fixture
-def model(originals: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(originals / "text", tmp_path / "MyModel"))
-
-
-@pytest.fixture
-def models(originals: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(originals / "models", tmp_path / "models"))
-
-
-@pytest.fixture
-def text(originals: Path) -> list[str]:
-    return ["--calib-text", str(originals / "calibration.txt")]
+pytestmark = pytest.mark.usefixtures("no_settings_of_this_machine")
 
 
 def never(*_: object, **__: object) -> Any:
