@@ -15,6 +15,7 @@ from omnispeech.checkpoint.opens2s import LoadedOpenS2S, load_opens2s
 from omnispeech.engine.runner import LanguageModels, Models
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.models.speech_decoder import SpeechDecoder
+from omnispeech.phases import Phases
 from omnispeech.prompt import PromptBuilder, UnitVocabulary
 
 logger = logging.getLogger(__name__)
@@ -60,14 +61,18 @@ def load_sources(
     *,
     kernel: str = "auto",
     compatible: bool = False,
+    phases: Phases | None = None,
 ) -> Models:
     """The speech decoder is float32 whatever `dtype` is. kernel: of quantized linears."""
     began = time.perf_counter()
+    phases = phases or Phases()
     base = sources.base
-    loaded = load_opens2s(
-        base, device, dtype, llm=sources.llm, speech_lm=sources.speech_lm, kernel=kernel
-    )
-    decoder = _load_decoder(sources.decoder, device)
+    with phases.measure("load language models"):
+        loaded = load_opens2s(
+            base, device, dtype, llm=sources.llm, speech_lm=sources.speech_lm, kernel=kernel
+        )
+    with phases.measure("load speech decoder"):
+        decoder = _load_decoder(sources.decoder, device)
     language = language_models(base, loaded, compatible=compatible)
     if language.units.count > decoder.flow.config.vocab_size:
         raise CheckpointError(

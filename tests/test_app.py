@@ -7,8 +7,9 @@ from fake_engine import FakeEngine, call, serving, sound_file, tone
 
 from omnispeech.engine.events import EngineStatus
 from omnispeech.errors import GenerationError, NotReady, Overloaded, RequestError
+from omnispeech.phases import Phase
 
-LOADING = EngineStatus(ready=False, max_running=8, max_waiting=16, phases={"read": 1.5})
+LOADING = EngineStatus(ready=False, max_running=8, max_waiting=16, phases={"read": Phase(1.5, 10)})
 BROKEN = EngineStatus(ready=False, failure="OpenS2S/config.json does not exist")
 WAV = sound_file(tone(0.2))
 

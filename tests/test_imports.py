@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
     "json_file": {"errors"},
+    "phases": set(),
     "prompt": BASE | {"json_file"},
     "audio": BASE,
     "layers": BASE,
@@ -27,7 +28,7 @@ MAY_IMPORT = {
     "tiny": BASE | {"checkpoint", "layers", "models", "prompt"},
     "calibration": BASE | {"audio", "checkpoint", "json_file", "prompt"},
     "quantization": BASE | {"calibration", "checkpoint", "json_file", "layers", "models"},
-    "engine": BASE | {"audio", "layers", "models", "prompt"},
+    "engine": BASE | {"audio", "layers", "models", "phases", "prompt"},
     "server": BASE | {"audio", "engine.events"},
     "microphone": BASE | {"audio"},
     "client": BASE | {"audio", "microphone"},
@@ -36,6 +37,8 @@ MAY_IMPORT = {
     "verification": ANYTHING,
     "parity": ANYTHING,
     "quantize_cli": ANYTHING,
+    "commands": ANYTHING,
+    "service": ANYTHING,
     "cli": ANYTHING,
 }
 TOP = {part for part, allowed in MAY_IMPORT.items() if allowed is ANYTHING}
@@ -43,11 +46,13 @@ NO_TORCH = (
     "errors",
     "config",
     "json_file",
+    "phases",
     "prompt",
     "server",
     "client",
     "microphone",
     "cli",
+    "commands",
     "__init__",
 )
 NO_TORCH_FILES = {"engine/events.py", "engine/interleave.py", "engine/playback.py"}

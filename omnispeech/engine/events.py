@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omnispeech.errors import RequestError
+from omnispeech.phases import Phase
 
 INPUT_RATE_HZ = 16_000
 ROLES = ("system", "user", "assistant")
@@ -114,7 +115,7 @@ class EngineStatus:
     max_running: int = 0
     max_waiting: int = 0
     failure: str | None = None  # why it will never be ready
-    phases: dict[str, float] = field(default_factory=dict)  # seconds per start-up phase
+    phases: dict[str, Phase] = field(default_factory=dict)  # of the start, in order
 
 
 class SpeechEngine(Protocol):

@@ -30,6 +30,7 @@ from omnispeech.engine.interleave import Interleaver
 from omnispeech.engine.runner import Models
 from omnispeech.engine.session import Session
 from omnispeech.errors import GenerationError, NotReady, OmniSpeechError, Overloaded
+from omnispeech.phases import Phases
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Worker:
         load: Callable[[], Models],
         config: EngineConfig | None = None,
         decoder: DecoderConfig | None = None,
+        phases: Phases | None = None,
     ) -> None:
         self.config = config or EngineConfig()
         self._load = load
@@ -60,7 +62,7 @@ class Worker:
         self._conversations: Conversations | None = None
         self._ready = False
         self._failure: str | None = None
-        self._phases: dict[str, float] = {}
+        self._phases = phases or Phases()
         self._open = 0  # replies taken and not yet ended
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="device", daemon=True)
@@ -95,7 +97,7 @@ class Worker:
             max_running=self.config.max_conversations,
             max_waiting=self.config.max_waiting,
             failure=self._failure,
-            phases=dict(self._phases),
+            phases=self._phases.done(),
         )
 
     async def answer(self, request: TurnRequest) -> AsyncGenerator[Event, None]:
@@ -149,10 +151,9 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            with self._phase("load"):
-                models = self._load()
+            models = self._load()
             self._conversations = Conversations(models, self.config, self._decoder)
-            with self._phase("warm up"):
+            with self._phases.measure("warm up"):
                 warm_up(self._conversations)
             self._ready = True
             self._serve(self._conversations)
@@ -192,13 +193,6 @@ class Worker:
         for session in sessions:
             if not session.over:
                 session.fail(GenerationError(self._failure or STOPPING))
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self._phases[name] = time.perf_counter() - began
-        logger.info("%s: %.1f s", name, self._phases[name])
 
 
 def warm_up(conversations: Conversations) -> None:

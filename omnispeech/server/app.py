@@ -1,5 +1,6 @@
 """The web application: what is served where."""
 
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI
@@ -47,7 +48,7 @@ def readiness(status: EngineStatus) -> JSONResponse:
         "waiting": status.waiting,
         "max_running": status.max_running,
         "max_waiting": status.max_waiting,
-        "phases": status.phases,
+        "phases": {name: asdict(phase) for name, phase in status.phases.items()},
     }
     if status.ready:
         return JSONResponse({"status": "ready", **figures})
