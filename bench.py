@@ -1,13 +1,19 @@
-"""Measures: python bench.py [replies | quantize | model], each with --help.
+"""Measures: python bench.py [replies | quantize | model | fronts | start], each with --help.
 
 Without a name: replies.
 """
 
 import sys
 
-from benchmarks import model_speed, quantize, replies
+from benchmarks import fronts, model_speed, quantize, replies, start
 
-COMMANDS = {"replies": replies.main, "quantize": quantize.main, "model": model_speed.main}
+COMMANDS = {
+    "replies": replies.main,
+    "quantize": quantize.main,
+    "model": model_speed.main,
+    "fronts": fronts.main,
+    "start": start.main,
+}
 
 
 def main() -> None:

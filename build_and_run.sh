@@ -5,20 +5,42 @@ caller=$PWD
 cd "$(dirname "$0")"
 # shellcheck source=environment.sh
 . ./environment.sh
+# shellcheck source=container.sh
+. ./container.sh
 
 usage() {
     cat <<'TEXT'
-usage: ./build_and_run.sh --local [--once] [--models DIR] [--port N] [--device NAME]
+usage: ./build_and_run.sh [--models DIR] [--port N] [--listen ADDRESS] [--gpus WHICH | --cpu]
+                          [--quantize] [--controller URL --worker-address URL]
+                          [--restart-policy NAME]
+       ./build_and_run.sh --local [--once] [--models DIR] [--port N] [--device NAME]
        ./build_and_run.sh --stop
+
+Without --local: builds the image, starts it as the container opens2s-server in place of an older
+one, and waits until it answers. Needs Docker, and NVIDIA's container toolkit for the GPU.
+
+  --models DIR   models directory, made if it is not there, mounted with -v "DIR:/models"; the server
+                 runs as its owner (default: OMNISPEECH_MODELS, or $HOME/models)
+  --port N       default: OMNISPEECH_PORT, or 8000
+  --listen ADDRESS     of this machine (default: 127.0.0.1; 0.0.0.0 lets other machines in)
+  --gpus WHICH   as docker run takes it: all, device=0 (default: all; the server uses the first)
+  --cpu          no GPU: a smaller image, an answer takes long with the real models
+  --quantize     first make the 4-bit LLM, with the GPU to itself: for GPUs that have no room for
+                 this beside the server
+  --controller URL --worker-address URL   register with an OpenS2S controller, which finds this
+                 server at its worker address; the controller itself runs elsewhere
+  --restart-policy NAME   as docker run takes it (default: unless-stopped)
+                 HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and settings (OMNISPEECH_...) of the
+                 environment reach the server
 
   --local        run on this machine with Python alone: make the environment, start the server
                  in the background, ask it a spoken question, write reply.wav
   --once         stop the server after that
-  --models DIR   models directory (default: OMNISPEECH_MODELS; without it a small checkpoint with
-                 random weights is made in .local/models: it answers with noise)
-  --port N       default: OMNISPEECH_PORT, or 8000
+  --models DIR   default: OMNISPEECH_MODELS; without it a small checkpoint with random weights is
+                 made in .local/models: it answers with noise
   --device NAME  cpu, cuda, cuda:N or auto (default: OMNISPEECH_DEVICE, or cpu)
-  --stop         stop the server that --local left running
+
+  --stop         stop the server, in the container or of --local
 TEXT
 }
 
@@ -84,16 +106,61 @@ check_alive() {
     fail "the server ended; the whole log is in .local/server.log"
 }
 
-action='' once=''
+check_options() {
+    if ! [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || [ "$port" -gt 65535 ]; then
+        fail "--port '$port'; allowed: 1 to 65535"
+    fi
+    local option
+    local -A without=([local]=with [container]=without)
+    for option in "${!given[@]}"; do
+        [ "${given[$option]}" = "$action" ] ||
+            fail "$option does nothing ${without[$action]} --local; see --help"
+    done
+    [ -z "$cpu" ] || [ -z "${given[--gpus]:-}" ] || fail "--cpu and --gpus contradict each other"
+}
+
+serve_locally() {
+    make_environment requirements.txt
+    mkdir -p .local
+    stop_server || true
+    check_port
+    if [ -z "$models" ]; then
+        models=$PWD/.local/models
+        [ -d "$models" ] || "$bin/omnispeech" tiny "$models"
+        # so small a model is slower with more threads: they wait for each other
+        export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+    fi
+    [ -z "$once" ] || trap 'stop_server || true' EXIT
+    url=http://127.0.0.1:$port
+    start_server
+    "$bin/omnispeech" say examples/question.wav -o "$PWD/reply.wav" --server "$url"
+    if [ -z "$once" ]; then
+        echo "The server is running at $url (log: .local/server.log; stop it: ./build_and_run.sh --stop)"
+    fi
+}
+
+action=container once='' cpu='' rootless='' gpus=all listen=127.0.0.1 restart_policy=unless-stopped
+quantize='' controller=${OMNISPEECH_CONTROLLER:-} worker_address=${OMNISPEECH_WORKER_ADDRESS:-}
 models=${OMNISPEECH_MODELS:-} port=${OMNISPEECH_PORT:-8000} device=${OMNISPEECH_DEVICE:-cpu}
+declare -A given=()
 while [ $# -gt 0 ]; do
+    case $1 in
+    --once | --device) given[$1]=local ;;
+    --cpu | --gpus | --listen | --quantize | --controller | --worker-address | --restart-policy)
+        given[$1]=container
+        ;;
+    esac
     case $1 in
     --local) action=local ;;
     --stop) action=stop ;;
     --once) once=yes ;;
-    --models | --port | --device)
+    --cpu) cpu=yes ;;
+    --quantize) quantize=yes ;;
+    --models | --port | --device | --gpus | --listen | --controller | --worker-address | \
+        --restart-policy)
         [ $# -gt 1 ] || fail "$1 needs a value"
-        printf -v "${1#--}" '%s' "$2"
+        name=${1#--}
+        printf -v "${name//-/_}" '%s' "$2"
         shift
         ;;
     -h | --help)
@@ -105,37 +172,13 @@ while [ $# -gt 0 ]; do
     shift
 done
 
-case $action in
-stop)
-    if stop_server; then echo "stopped"; else echo "no server was running"; fi
+if [ "$action" = stop ]; then
+    stopped=''
+    if stop_server; then stopped=yes; fi
+    if stop_container; then stopped=yes; fi
+    if [ -n "$stopped" ]; then echo "stopped"; else echo "no server was running"; fi
     exit
-    ;;
-local)
-    if ! [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || [ "$port" -gt 65535 ]; then
-        fail "--port '$port'; allowed: 1 to 65535"
-    fi
-    ;;
-*)
-    usage >&2
-    exit 2
-    ;;
-esac
-
-make_environment requirements.txt
-mkdir -p .local
-stop_server || true
-check_port
-if [ -z "$models" ]; then
-    models=$PWD/.local/models
-    [ -d "$models" ] || "$bin/omnispeech" tiny "$models"
-    # so small a model is slower with more threads: they wait for each other
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 fi
-[[ $models == /* ]] || models=$caller/$models
-[ -z "$once" ] || trap 'stop_server || true' EXIT
-url=http://127.0.0.1:$port
-start_server
-"$bin/omnispeech" say examples/question.wav -o "$PWD/reply.wav" --server "$url"
-if [ -z "$once" ]; then
-    echo "The server is running at $url (log: .local/server.log; stop it: ./build_and_run.sh --stop)"
-fi
+check_options
+[ -z "$models" ] || [[ $models == /* ]] || models=$caller/$models
+if [ "$action" = local ]; then serve_locally; else serve_in_container; fi

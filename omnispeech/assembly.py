@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
-from omnispeech.audio.features import MelConfig
+from omnispeech.audio.features import FrontEnd, MelConfig, Waveform
 from omnispeech.checkpoint.decoder import load_decoder
 from omnispeech.checkpoint.files import held_bytes, size_text
-from omnispeech.checkpoint.models_directory import Sources, choose_sources
-from omnispeech.checkpoint.opens2s import LoadedOpenS2S, load_opens2s
+from omnispeech.checkpoint.models_directory import METHODS, Sources, choose_sources
+from omnispeech.checkpoint.opens2s import LoadedOpenS2S, Loading, load_opens2s
 from omnispeech.engine.runner import LanguageModels, Models
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.models.speech_decoder import SpeechDecoder
-from omnispeech.phases import Phases
+from omnispeech.models.wavlm import WavLMConfig
 from omnispeech.prompt import PromptBuilder, UnitVocabulary
 
 logger = logging.getLogger(__name__)
@@ -61,26 +61,34 @@ def load_sources(
     *,
     kernel: str = "auto",
     compatible: bool = False,
-    phases: Phases | None = None,
+    loading: Loading | None = None,
 ) -> Models:
     """The speech decoder is float32 whatever `dtype` is. kernel: of quantized linears."""
     began = time.perf_counter()
-    phases = phases or Phases()
-    base = sources.base
-    with phases.measure("load language models"):
-        loaded = load_opens2s(
-            base, device, dtype, llm=sources.llm, speech_lm=sources.speech_lm, kernel=kernel
-        )
-    with phases.measure("load speech decoder"):
+    loading = loading or Loading()
+    base, phases = sources.base, loading.phases
+    loaded = load_opens2s(
+        base,
+        device,
+        dtype,
+        llm=sources.llm,
+        speech_lm=sources.speech_lm,
+        wavlm=sources.wavlm,
+        kernel=kernel,
+        loading=loading,
+    )
+    with phases.measure("load speech decoder") as phase:
         decoder = _load_decoder(sources.decoder, device)
-    language = language_models(base, loaded, compatible=compatible)
+        phase.size = held_bytes(decoder.flow) + held_bytes(decoder.hift)  # float32, as in the files
+    with phases.measure("load tokenizers"):
+        language = language_models(base, loaded, compatible=compatible)
     if language.units.count > decoder.flow.config.vocab_size:
         raise CheckpointError(
             f"{base} speaks {language.units.count} units, {sources.decoder} knows "
             f"{decoder.flow.config.vocab_size}; they do not belong together"
         )
     models = Models(language, decoder)
-    _tell_total(models, device, dtype, time.perf_counter() - began)
+    _tell_total(models, sources, device, dtype, time.perf_counter() - began)
     return models
 
 
@@ -92,7 +100,9 @@ def _load_decoder(path: Path, device: torch.device) -> SpeechDecoder:
     return decoder
 
 
-def _tell_total(models: Models, device: torch.device, dtype: torch.dtype, seconds: float) -> None:
+def _tell_total(
+    models: Models, sources: Sources, device: torch.device, dtype: torch.dtype, seconds: float
+) -> None:
     """Measured, on a GPU by its allocator, which knows of more than the weights."""
     if device.type == "cuda":
         what, size = "VRAM", torch.cuda.memory_allocated(device)
@@ -100,7 +110,9 @@ def _tell_total(models: Models, device: torch.device, dtype: torch.dtype, second
         modules = (models.language.lm, models.decoder.flow, models.decoder.hift)
         what, size = "memory of the weights", sum(map(held_bytes, modules))
     name = str(dtype).removeprefix("torch.")
-    logger.info("Total %s: %s, on %s in %s (%.1f s)", what, size_text(size), device, name, seconds)
+    llm = f" with {METHODS[sources.llm.name].upper()}-quantized LLM" if sources.llm else ""
+    total = f"{what}: {size_text(size)}{llm}"
+    logger.info("Total %s, on %s in %s (%.1f s)", total, device, name, seconds)
 
 
 def language_models(
@@ -115,13 +127,19 @@ def language_models(
         lm=loaded.model,
         prompt=PromptBuilder.from_directory(path, compatible=compatible),
         units=units,
-        mel=MelConfig.from_dict(loaded.preprocessor),
+        front_end=_front_end(loaded),
         text_end=frozenset(text.eos_ids),
         speech_end=frozenset(speech.eos_ids),
         text_top_k=text.top_k,
         speech_top_k=speech.top_k,
         unit_limit=speech.max_new_tokens,
     )
+
+
+def _front_end(loaded: LoadedOpenS2S) -> FrontEnd:
+    if isinstance(loaded.model.config.audio_encoder, WavLMConfig):
+        return Waveform()
+    return MelConfig.from_dict(loaded.preprocessor)
 
 
 def _check_units(path: Path, units: UnitVocabulary, rows: int) -> None:

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from omnispeech import __version__
 from omnispeech.commands import serve
@@ -11,12 +12,17 @@ from omnispeech.errors import OmniSpeechError
 
 COMMANDS = {
     "serve": "serve a models directory over HTTP",
+    "scale": "serve it with many replicas (Ray Serve)",
     "say": "ask a server one spoken question",
     "chat": "talk with a server in the terminal",
     "tiny": "write small random checkpoints",
     "parity": "compare with golden numbers of the originals",
+    "train-bridge": "fit WavLM to a checkpoint, from audio without labels",
+    "fetch": "bring models from the hub, or what they lack",
     "verify": "check models against the manifest",
     "forget": "take deleted models out of the manifest",
+    "doctor": "tell what a start would do, and whether it would succeed",
+    "snapshot": "tell whether an image of this disk would start at once",
 }
 
 
@@ -41,6 +47,23 @@ def worker(arguments: Sequence[str] | None = None) -> int:
     )
     serve.add_arguments(parser)
     return run(parser, arguments)
+
+
+def startup(place: Path, arguments: Sequence[str] | None = None) -> int:
+    """`python startup.py ...`; the exit status, unless it becomes the worker.
+
+    place: the directory of model_worker.py.
+    """
+    from omnispeech.startup import add_arguments
+
+    given = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(
+        prog="startup.py",
+        description="Fetches what is missing of a models directory, then serves it over HTTP.",
+        allow_abbrev=False,
+    )
+    add_arguments(parser, given, place)
+    return run(parser, given)
 
 
 def run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:

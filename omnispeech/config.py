@@ -5,15 +5,18 @@ capitals), else from the file given with `--config` (TOML), else from the defaul
 """
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
+from urllib.parse import urlsplit
 
 from omnispeech.errors import ConfigError
 
 PREFIX = "OMNISPEECH_"
+EVERY_ADDRESS = ("", "0.0.0.0", "::")
 OF_OTHERS = {"SERVER", "VENV"}  # read by `omnispeech say` and by environment.sh
 
 
@@ -27,6 +30,20 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
         raise ConfigError(f"{name}={value}; allowed: {low} to {high}")
 
 
+def _check_url(name: str, url: str) -> None:
+    if url and not _is_url(url):
+        raise ConfigError(f"{name}={url!r}; allowed: a URL such as http://10.0.0.2:21001")
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        named = bool(parts.hostname) and parts.port != 0 and parts.username is None
+    except ValueError:  # the port is no number, or the brackets of an IPv6 address are wrong
+        return False
+    return named and re.fullmatch(r"https?://[^\s?#]+", text) is not None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlaceConfig:
     models: str = setting("/models", "models directory")
@@ -36,9 +53,20 @@ class PlaceConfig:
         "auto", "which LLM of the models directory; auto: the first there of awq, gptq, 8bit, bf16"
     )
     speech_lm: Literal["bf16", "awq"] = setting("bf16", "bf16: as in the checkpoint of the LLM")
+    audio_encoder: Literal["checkpoint", "wavlm"] = setting(
+        "checkpoint", "wavlm: wavlm-base-plus and its trained bridge (omnispeech train-bridge)"
+    )
     kernel: str = setting(
         "auto", "of quantized linears: auto and torch compute in bfloat16, reference exactly"
     )
+    prepare: bool = setting(
+        True, "keep quantized weights in the models directory as the kernels of this machine want"
+    )
+    read_threads: int = setting(0, "that read weights; 0: one for each core, up to 8")
+    prefetch: bool = setting(False, "read the files of a start ahead, for disks that answer slowly")
+
+    def __post_init__(self) -> None:
+        _check_range("read_threads", self.read_threads, 0, 256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +74,7 @@ class EngineConfig:
     max_conversations: int = setting(8, "rows that share each model call")
     max_waiting: int = setting(16, "conversations that may wait for a row")
     context_length: int = setting(8192, "LLM positions of one conversation, prompt and reply")
-    kv_tokens: int = setting(32768, "positions of all conversations together, per language model")
+    kv_tokens: int = setting(16384, "positions of all conversations together, per language model")
     prefill_tokens: int = setting(256, "prompt positions per step while others are talking")
     run_ahead: int = setting(64, "text tokens the LLM may be ahead of the speech")
     max_new_tokens: int = setting(1024, "text tokens of one reply, whatever the request asks")
@@ -113,6 +141,9 @@ class ServerConfig:
     max_text_chars: int = setting(200_000, "characters of text in one request")
     max_messages: int = setting(1000, "messages in one request")
     keep_texts: int = setting(256, "finished replies of /v1/speech whose text can be asked for")
+    drain_s: float = setting(30.0, "replies under way may finish this long after a stop signal")
+    controller: str = setting("", "URL of an OpenS2S controller to register with")
+    worker_address: str = setting("", "URL of this worker, told to the controller")
 
     def __post_init__(self) -> None:
         _check_range("port", self.port, 0, 65535)
@@ -121,14 +152,81 @@ class ServerConfig:
         _check_range("max_messages", self.max_messages, 1, 1_000_000)
         _check_range("max_text_chars", self.max_text_chars, 1, 100_000_000)
         _check_range("keep_texts", self.keep_texts, 1, 1_000_000)
+        _check_range("drain_s", self.drain_s, 0.0, 86_400.0)
+        _check_url("controller", self.controller)
+        _check_url("worker_address", self.worker_address)
+        if self.controller and not self.worker_address and self.host in EVERY_ADDRESS:
+            raise ConfigError(
+                f"host={self.host!r} is no address that the controller {self.controller} could "
+                "reach; give --worker-address, the URL of this worker as the controller sees it"
+            )
+
+    @property
+    def address(self) -> str:
+        """Where the controller finds this worker."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return self.worker_address or f"http://{host}:{self.port}"
 
 
-Config = TypeVar("Config", PlaceConfig, EngineConfig, DecoderConfig, ServerConfig)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleConfig:
+    """Many engines behind one address (`omnispeech scale`): each replica has one GPU, or cores."""
+
+    ray_address: str = setting("local", "local: this machine alone; auto: its Ray cluster")
+    min_replicas: int = setting(1, "replicas that always run")
+    max_replicas: int = setting(0, "under load; 0: one for each GPU (or replica_cpus cores) now")
+    replica_cpus: int = setting(2, "cores of one replica, beside its GPU if it has one")
+    target_conversations: int = setting(
+        0, "ongoing ones per replica before another starts; 0: as max_conversations"
+    )
+    upscale_delay_s: float = setting(5.0, "more are needed this long before one starts")
+    downscale_delay_s: float = setting(300.0, "fewer are needed this long before one leaves")
+    replica_drain_s: float = setting(
+        900.0, "conversations of a replica that leaves may go on this long"
+    )
+    max_queued: int = setting(1000, "requests that one proxy keeps until a replica takes them")
+
+    def __post_init__(self) -> None:
+        _check_range("min_replicas", self.min_replicas, 1, 10_000)
+        _check_range("max_replicas", self.max_replicas, 0, 10_000)
+        _check_range("replica_cpus", self.replica_cpus, 1, 1024)
+        _check_range("target_conversations", self.target_conversations, 0, 100_000)
+        _check_range("upscale_delay_s", self.upscale_delay_s, 0.0, 86_400.0)
+        _check_range("downscale_delay_s", self.downscale_delay_s, 0.0, 86_400.0)
+        _check_range("replica_drain_s", self.replica_drain_s, 0.0, 86_400.0)
+        _check_range("max_queued", self.max_queued, 1, 1_000_000)
+        if self.max_replicas and self.max_replicas < self.min_replicas:
+            raise ConfigError(
+                f"max_replicas={self.max_replicas} is less than min_replicas={self.min_replicas}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubConfig:
+    """Where models are fetched from. A token and being offline are matters of huggingface_hub."""
+
+    opens2s_repo: str = setting("CASIA-LM/OpenS2S", "repository of OpenS2S")
+    opens2s_revision: str = setting("main", "branch, tag or commit of it")
+    decoder_repo: str = setting("THUDM/glm-4-voice-decoder", "repository of the speech decoder")
+    decoder_revision: str = setting("main", "branch, tag or commit of it")
+    wavlm_repo: str = setting("microsoft/wavlm-base-plus", "repository of WavLM")
+    wavlm_revision: str = setting("main", "branch, tag or commit of it")
+    hub_endpoint: str = setting("", "URL of the hub; empty: HF_ENDPOINT, or the public one")
+    connections: int = setting(4, "files that are fetched at a time")
+
+    def __post_init__(self) -> None:
+        _check_range("connections", self.connections, 1, 64)
+        _check_url("hub_endpoint", self.hub_endpoint)
+
+
+Config = TypeVar(
+    "Config", PlaceConfig, EngineConfig, DecoderConfig, ServerConfig, ScaleConfig, HubConfig
+)
 CONFIGS = (PlaceConfig, EngineConfig, DecoderConfig, ServerConfig)
 
 
 def setting_names() -> set[str]:
-    return {f.name for config in CONFIGS for f in fields(config)}
+    return {f.name for config in (*CONFIGS, ScaleConfig, HubConfig) for f in fields(config)}
 
 
 def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -149,10 +247,14 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not UTF-8 text: {exc}") from exc
     except tomllib.TOMLDecodeError as exc:
         raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
+    check_names(values, str(path))
+    return values
+
+
+def check_names(values: Mapping[str, Any], place: str) -> None:
     known = setting_names()
     if unknown := sorted(values.keys() - known):
-        raise ConfigError(f"{path}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
-    return values
+        raise ConfigError(f"{place}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
 
 
 def build_config(

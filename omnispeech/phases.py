@@ -2,10 +2,12 @@
 /metrics."""
 
 import logging
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +37,18 @@ class Phases:
         return dict(self._done)
 
 
+def peak_memory() -> int:
+    """Bytes of memory that this process held at most, so far."""
+    # not of getrusage, which begins with what the process that forked this one held
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text(encoding="ascii").split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def _size(phase: Phase) -> str:
     if not phase.size:
         return ""
+    if phase.size < 10**8:  # of a small checkpoint: there is no speed to speak of
+        return f", {phase.size / 1e6:.1f} MB" if phase.size >= 10**5 else f", {phase.size} bytes"
     return f", {phase.size / 1e9:.2f} GB, {phase.size / 1e9 / max(phase.seconds, 1e-9):.2f} GB/s"

@@ -1,11 +1,12 @@
 """Settings -> an engine, whichever front serves it: one process, or a replica of many."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omnispeech.caches import use_caches
 from omnispeech.config import (
     DecoderConfig,
     EngineConfig,
@@ -16,6 +17,8 @@ from omnispeech.config import (
 )
 
 if TYPE_CHECKING:
+    from omnispeech.checkpoint.models_directory import Sources
+    from omnispeech.engine.runner import Models
     from omnispeech.engine.worker import Worker
 
 
@@ -29,7 +32,12 @@ class Settings:
 
 def read_settings(flags: Mapping[str, Any], file: Path | None = None) -> Settings:
     """flags: by the names of the settings, None for what was not given. file: of `--config`."""
-    build = partial(build_config, flags=flags, file=read_config_file(file) if file else {})
+    return settings_of(flags, read_config_file(file) if file else {})
+
+
+def settings_of(flags: Mapping[str, Any], file: Mapping[str, Any]) -> Settings:
+    """file: what a config file held, its names checked."""
+    build = partial(build_config, flags=flags, file=file)
     return Settings(
         place=build(PlaceConfig),
         engine=build(EngineConfig),
@@ -38,25 +46,38 @@ def read_settings(flags: Mapping[str, Any], file: Path | None = None) -> Setting
     )
 
 
+def find_sources(place: PlaceConfig) -> "Sources":
+    """The directories that a start takes; raises CheckpointError for what is not whole."""
+    from omnispeech.checkpoint.models_directory import choose_sources
+
+    return choose_sources(Path(place.models), place.llm, place.speech_lm, place.audio_encoder)
+
+
 def build_worker(settings: Settings) -> "Worker":
     """Not yet started; what can be known to be wrong before models are loaded is raised here."""
+    use_caches(Path(settings.place.models))
     from omnispeech.assembly import choose_device, choose_dtype, load_sources
-    from omnispeech.checkpoint.models_directory import choose_sources
+    from omnispeech.checkpoint.opens2s import Loading
     from omnispeech.engine.worker import Worker
     from omnispeech.layers.linear import known_kernel
     from omnispeech.phases import Phases
 
     place = settings.place
-    sources = choose_sources(Path(place.models), place.llm, place.speech_lm)
+    sources = find_sources(place)
     device = choose_device(place.device)
     phases = Phases()
-    load = partial(
+    load: Callable[[], Models] = partial(
         load_sources,
         sources,
         device,
         choose_dtype(place.dtype, device),
         kernel=known_kernel(place.kernel),
         compatible=settings.engine.compatible,
-        phases=phases,
+        loading=Loading(threads=place.read_threads, prepare=place.prepare, phases=phases),
     )
+    if place.prefetch:
+        from omnispeech.checkpoint.prepared import Machine
+        from omnispeech.deployment.prefetch import ahead
+
+        load = ahead(load, sources, Machine(device, place.kernel), prepare=place.prepare)
     return Worker(load, settings.engine, settings.decoder, phases)

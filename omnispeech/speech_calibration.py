@@ -31,6 +31,7 @@ from omnispeech.errors import ConfigError, RequestError
 from omnispeech.json_file import read_json
 from omnispeech.models.omnispeech import OmniSpeech, OmniSpeechConfig
 from omnispeech.models.speech_lm import SpeechLM
+from omnispeech.models.wavlm import WavLMConfig
 from omnispeech.prompt import AUDIO, AUDIO_SLOT, PromptBuilder, PromptMessage
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,11 @@ class Ears:
     def __init__(self, directory: Path, device: torch.device, dtype: torch.dtype) -> None:
         """Raises CheckpointError if their tensors are not there, or not as config.json says."""
         config = OmniSpeechConfig.from_dict(read_json(directory / "config.json"))
+        if isinstance(config.audio_encoder, WavLMConfig):
+            raise ConfigError(
+                f"{directory} hears by a WavLM, and sound is heard here by the published encoder "
+                "alone; calibrate on text with --calib-text"
+            )
         self._mel = MelConfig.from_dict(read_json(directory / "audio/preprocessor_config.json"))
         self._model = cast(OmniSpeech, build_on_meta(lambda: OmniSpeech(config)))
         shards = Shards(directory, device)
@@ -54,12 +60,22 @@ class Ears:
             weights = {n.removeprefix(f"{part}."): shards.read(n, device, dtype) for n in names}
             assign_weights(self._model.get_submodule(part), weights, f"{part} of {directory}")
 
-    @torch.inference_mode()
     def hear(self, samples: Samples) -> Tensor:
         """[N] -> [T, H]: what stands for the sound in the prompt, as when it is served."""
+        return self.adapt(self.encode(samples))
+
+    @torch.inference_mode()
+    def encode(self, samples: Samples) -> Tensor:
+        """[N] -> [T, D]: the frames of the encoder that are sound, none of the padding."""
         valid = self._mel.valid_frames(len(samples))
-        mel = log_mel(samples, self._mel)  # [M, T]
-        return self._model.embed_audio([mel], [valid], batch_rule=False)[0]
+        encoder = self._model.audio_encoder_model
+        frames = encoder.encode(log_mel(samples, self._mel), valid)
+        return frames[: encoder.output_length(valid)]
+
+    @torch.inference_mode()
+    def adapt(self, frames: Tensor) -> Tensor:
+        """[T, D] of an encoder -> [T', H] for the language model."""
+        return self._model.adapt_audio([frames], [len(frames)], batch_rule=False)[0]
 
 
 class SpokenPrompts:

@@ -1,5 +1,6 @@
 """`omnispeech verify`: whether quantized models are what was made, and of the model beside them."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,14 @@ from omnispeech.checkpoint.models_directory import (
     SPEECH_LMS,
     check,
     check_method,
+    fetch_command,
     is_there,
 )
 from omnispeech.checkpoint.opens2s import plan_opens2s
+from omnispeech.checkpoint.prepared import check_origin, prepared_entries
 from omnispeech.checkpoint.quantized import plan_causal_lm
+from omnispeech.checkpoint.wavlm_paths import BRIDGE
+from omnispeech.download.models import MODELS
 from omnispeech.errors import CheckpointError
 from omnispeech.json_file import read_json
 from omnispeech.layers.packing import Scheme
@@ -54,8 +59,18 @@ def verify(models: Path, names: Sequence[str], *, deep: bool = False) -> Iterato
         try:
             yield Verdict(name, True, _verify(models, name, deep=deep))
         except CheckpointError as exc:
-            again = f" (to make it again: {COMMANDS.get(name)} --overwrite)"
-            yield Verdict(name, False, f"{exc}{again if name in COMMANDS else ''}")
+            yield Verdict(name, False, f"{exc}{_advice(models, name)}")
+
+
+def _advice(models: Path, name: str) -> str:
+    if name in COMMANDS:
+        return f" (to make it again: {COMMANDS[name]} --overwrite)"
+    if name in MODELS:
+        return f" (to bring what it lacks, and enter it: {fetch_command(models, name)})"
+    if name == BRIDGE:
+        place = shlex.quote(str(models))
+        return f" (to train it again: omnispeech train-bridge --models {place} --overwrite)"
+    return ""
 
 
 def _verify(models: Path, name: str, *, deep: bool) -> str:
@@ -63,6 +78,8 @@ def _verify(models: Path, name: str, *, deep: bool) -> str:
     manifest = Manifest(models)
     if name not in manifest.names():
         return _enter(manifest, models, name)
+    if name in (copies := prepared_entries(models)) and not is_there(models / name):
+        return "gone; the next start that needs it makes it again"
     if not is_there(models / name):
         raise CheckpointError(
             f"{models / name} is missing; if it was deleted on purpose: "
@@ -72,6 +89,8 @@ def _verify(models: Path, name: str, *, deep: bool) -> str:
         manifest.check(name, deep=True)
     else:
         check(manifest, name)
+    if name in copies:
+        check_origin(models, name)
     if name in COMMANDS:
         check_method(models / name)
         _check_source(models, name, manifest.entry(name).made)

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 import soundfile
+from controller_server import Controller, controller_on_loopback
 from quantized_models import quantize_language_model, quantize_opens2s
 
 from omnispeech import __version__
@@ -36,7 +37,8 @@ class Server:
         self.process = subprocess.Popen(
             [sys.executable, "model_worker.py", *arguments],
             cwd=ROOT,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
         )
         self.lines: list[str] = []
@@ -44,8 +46,8 @@ class Server:
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stderr is not None
-        self.lines.extend(iter(self.process.stderr.readline, ""))
+        assert self.process.stdout is not None
+        self.lines.extend(iter(self.process.stdout.readline, ""))
 
     @property
     def url(self) -> str:
@@ -65,8 +67,8 @@ class Server:
         self.process.send_signal(signal.SIGTERM)
         status = self.process.wait(timeout=30)
         self._reader.join()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
         return status
 
 
@@ -160,6 +162,21 @@ def test_sigterm_ends_the_server_cleanly(models: Path) -> None:
     assert not [line for line in one.lines if "Traceback" in line]
 
 
+def test_a_served_model_is_known_to_its_controller_until_it_is_stopped(models: Path) -> None:
+    controller = Controller()
+    with controller_on_loopback(controller.app()) as url:
+        one = Server("--models", str(models), "--port", "0", "--device", "cpu", "--controller", url)
+        address = one.until_ready()
+        while not controller.workers:
+            time.sleep(0.05)
+        assert controller.choose("omnispeech") == address
+        assert one.close() == 0
+        assert controller.choose("omnispeech") == ""
+    log = "".join(one.lines)
+    assert f"registered with the controller {url} as {address}" in log
+    assert "HTTP Request" not in log  # a line for each heartbeat
+
+
 def test_damaged_models_end_the_server_with_the_reason(models: Path, tmp_path: Path) -> None:
     broken = tmp_path / "models"
     for name in ("OpenS2S", "glm-4-voice-decoder"):
@@ -185,6 +202,8 @@ def test_damaged_models_end_the_server_with_the_reason(models: Path, tmp_path: P
         (["--models", "MODELS", "--kernel", "marlin"], "is one of the package gptqmodel"),
         (["--config", "/no/such/file.toml"], "does not exist"),
         (["--config", "/"], "cannot be read"),
+        (["--models", "MODELS", "--controller", "c:21001"], "controller='c:21001'; allowed: a URL"),
+        (["--controller", "http://c:21001", "--host", "0.0.0.0"], "give --worker-address"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_line(
@@ -260,7 +279,7 @@ def test_help_of_the_worker_shows_every_setting(capsys: pytest.CaptureFixture[st
     assert all(f"\n{title}:\n" in shown for title in ("engine", "speech decoder", "server"))
 
 
-@pytest.mark.parametrize("command", ["say", "chat", "tiny", "verify", "forget"])
+@pytest.mark.parametrize("command", ["say", "chat", "tiny", "verify", "forget", "train-bridge"])
 def test_every_option_has_a_help_text(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "--help"])

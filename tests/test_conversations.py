@@ -326,7 +326,7 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers() -> None
 def test_b14_too_many_messages_are_refused_before_their_sound_is_heard(
     parts: Text | Audio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("omnispeech.engine.conversations.log_mel", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("omnispeech.audio.features.log_mel", lambda *_, **__: 1 / 0)
     request = TurnRequest(messages=(Message("user", (parts,)),) * 500)
     with pytest.raises(RequestError, match="positions, the context has 2048"):
         conversations(context_length=2048).open(request, print)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from omnispeech.checkpoint import decoder as files
+from omnispeech.checkpoint import pickles
 from omnispeech.checkpoint.decoder import convert_weights, fold_weight_norm, load_decoder
 from omnispeech.checkpoint.decoder_config import read_config
 from omnispeech.errors import CheckpointError
@@ -82,7 +82,7 @@ def test_directory_that_cannot_be_written_still_loads_and_says_so(
     def refuse(*_: Any) -> None:
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(files, "replace_file", refuse)
+    monkeypatch.setattr(pickles, "replace_file", refuse)
     load_decoder(directory)
     assert "flow.safetensors cannot be written (read-only file system)" in caplog.text
     assert sorted(path.name for path in directory.iterdir()) == list(PUBLISHED)

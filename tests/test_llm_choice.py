@@ -233,7 +233,8 @@ def test_a_language_model_without_the_model_around_it_asks_for_that(
         choose_sources(models, speech_lm="awq" if name == SPEECH else "bf16")
     assert str(error.value) == (
         f"{models / 'OpenS2S'} is missing; {name} is one language model and still needs the audio "
-        "encoder, the adapters and the other language model from there: fetch OpenS2S again"
+        "encoder, the adapters and the other language model from there; bring it with: "
+        f"omnispeech fetch OpenS2S --models {models}"
     )
 
 

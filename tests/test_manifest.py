@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from omnispeech.checkpoint.manifest import FILE_NAME, Manifest
+from omnispeech.checkpoint.manifest import FILE_NAME, Manifest, record_file
 from omnispeech.errors import CheckpointError
 
 MADE = {"command": "quantize_llm_awq.py", "bits": 4, "keep": [0, -1]}
@@ -292,3 +292,23 @@ def test_a_writer_that_is_killed_leaves_the_old_manifest_and_no_lock(models: Pat
     manifest.enter("awq", {"bits": 3})
     assert time.monotonic() - started < 10
     assert json.loads((models / FILE_NAME).read_text())["entries"]["awq"]["made"] == {"bits": 3}
+
+
+def test_what_was_hashed_already_is_entered_as_it_is_and_nothing_else(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = {"inner/weights": record_file(models / "awq/inner/weights")}
+    monkeypatch.setattr("omnispeech.checkpoint.manifest.record_file", lambda _: pytest.fail("read"))
+    entry = Manifest(models).enter("awq", MADE, records)
+    assert entry.files == records
+    (models / "awq/config.json").write_text("of no model")
+    Manifest(models).check("awq")
+    with pytest.raises(CheckpointError, match="holds no files"):
+        Manifest(models).enter("awq", MADE, {})
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_entry(models: Path) -> None:
+    left = models / f".{FILE_NAME}.12345.partial"
+    left.write_text("half of it")
+    entered(models)
+    assert not left.exists()

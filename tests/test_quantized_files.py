@@ -359,7 +359,7 @@ def test_all_that_does_not_fit_is_listed_before_anything_is_read(
         tensors["extra"] = torch.zeros(2)
 
     change(copy, edit)
-    monkeypatch.setattr(Shards, "read", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(Shards, "read_all", lambda *_: pytest.fail("a tensor was read"))
     with pytest.raises(CheckpointError) as error:
         load_causal_lm(copy, CPU, torch.float32)
     for part in (
@@ -435,13 +435,14 @@ def test_a_whole_model_is_no_language_model() -> None:
 def test_tensors_are_read_in_the_order_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed weights of one linear lie apart: whole numbers are in other places than scales."""
     read: list[str] = []
-    original = Shards.read
+    original = TensorFile.read_bytes
 
-    def spy(self: Shards, name: str, *args: Any) -> Tensor:
+    def spy(self: TensorFile, name: str, *args: Any) -> None:
         read.append(name)
-        return original(self, name, *args)
+        original(self, name, *args)
 
-    monkeypatch.setattr(Shards, "read", spy)
+    monkeypatch.setattr(TensorFile, "read_bytes", spy)
+    monkeypatch.setattr("omnispeech.checkpoint.reader.MOST_THREADS", 1)
     load_causal_lm(golden("gemm-g64"), CPU, torch.float32)
     entries = TensorFile(golden("gemm-g64") / "model.safetensors").entries
     assert read == sorted(entries, key=lambda name: entries[name].start)
@@ -585,7 +586,7 @@ def test_an_llm_of_another_checkpoint_is_refused(
 ) -> None:
     config = json.loads((llm / "config.json").read_text()) | {key: value}
     (llm / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(Shards, "read", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(Shards, "read_all", lambda *_: pytest.fail("a tensor was read"))
     with pytest.raises(CheckpointError, match=f"does not belong to this checkpoint.*{message}"):
         load_opens2s(OPENS2S, CPU, torch.float32, llm=llm)
 
@@ -611,7 +612,7 @@ def test_the_log_tells_what_was_loaded_in_the_words_of_the_guides(
     caplog.set_level("INFO")
     load_opens2s(OPENS2S, CPU, torch.float32, llm=llm, kernel="reference")
     lines = [record.getMessage() for record in caplog.records]
-    assert f"Loading AWQ-quantized LLM from {llm}..." in lines
-    (loaded,) = [line for line in lines if line.startswith("AWQ-quantized LLM loaded (4-bit, ")]
+    assert f"🔄 Loading AWQ-quantized LLM from {llm}..." in lines
+    (loaded,) = [line for line in lines if "AWQ-quantized LLM loaded (4-bit, " in line]
     assert loaded.endswith(" s)") and re.search(r"\d [kMG]B, ", loaded)
     assert "kernels of its quantized linears: reference (14)" in lines

@@ -63,7 +63,7 @@ def session(created_s: float = 0.0, length: int = 40, *, heard: bool = True) -> 
         request=REQUEST,
         rules=RULES,
         prompt=[],
-        mels=[],
+        features=[],
         valid_frames=[],
         audio_lengths=[],
         key=range(length),

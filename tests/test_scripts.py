@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = ("build_and_run.sh", "environment.sh", "requirements.txt", "pyproject.toml")
+FILES = ("build_and_run.sh", "container.sh", "environment.sh", "requirements.txt", "pyproject.toml")
 
 
 @pytest.fixture
@@ -20,8 +20,10 @@ def place(tmp_path: Path) -> Path:
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     program(python, f'exec {sys.executable} "$@"')
-    made_from = "".join((ROOT / name).read_text() for name in FILES[2:3] * 2 + FILES[3:])
+    made_from = "".join((ROOT / name).read_text() for name in FILES[3:4] * 2 + FILES[4:])
     (tmp_path / ".venv/made-from-requirements.txt").write_text(made_from)
+    (tmp_path / "bin").mkdir()
+    program(tmp_path / "bin/docker", "exit 1")  # a container of this machine is out of reach
     return tmp_path
 
 
@@ -32,7 +34,7 @@ def program(path: Path, line: str) -> None:
 
 def run(place: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     environ = {n: v for n, v in os.environ.items() if not n.startswith("OMNISPEECH_")}
-    environ |= variables
+    environ |= {"PATH": f"{place / 'bin'}:{environ['PATH']}"} | variables
     command = ["bash", str(place / "build_and_run.sh"), *arguments]
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
 

@@ -351,7 +351,8 @@ def test_shards_count_what_they_read_and_know_types_without_reading(tmp_path: Pa
 def test_tensors_cast_piece_by_piece_are_those_cast_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("omnispeech.checkpoint.shards.CAST", 8)
+    monkeypatch.setattr("omnispeech.checkpoint.reader.CAST", 2)
+    monkeypatch.setattr("omnispeech.checkpoint.reader.SCRATCH", 8)
     tensors = {"a": torch.randn(7, 3), "empty": torch.ones(0, 4), "one": torch.tensor(0.3)}
     save_file(tensors, tmp_path / "model.safetensors")
     shards = Shards(tmp_path, CPU)

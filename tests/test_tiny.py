@@ -11,6 +11,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from omnispeech.checkpoint.decoder import load_decoder
+from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.checkpoint.opens2s import load_opens2s
 from omnispeech.errors import CheckpointError
 from omnispeech.models.speech_decoder import SpeechDecoder
@@ -64,7 +65,8 @@ def decoder(models: Path) -> SpeechDecoder:
 
 
 def hashes(root: Path) -> dict[str, str]:
-    files = (path for path in root.rglob("*") if path.is_file())
+    """Of all that lies in directories: the manifest beside them has times of change."""
+    files = (path for path in root.glob("*/**/*") if path.is_file())
     return {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
@@ -274,3 +276,10 @@ def test_the_spoken_question_is_short_and_plain() -> None:
     with wave.open(str(file)) as sound:
         assert (sound.getframerate(), sound.getnchannels(), sound.getsampwidth()) == (16_000, 1, 2)
         assert 1.0 < sound.getnframes() / 16_000 < 4.0
+
+
+def test_both_are_entered_in_the_manifest_as_they_were_written(models: Path) -> None:
+    manifest = Manifest(models)
+    for name in ("OpenS2S", "glm-4-voice-decoder"):
+        manifest.check(name, deep=True)
+        assert manifest.entry(name).made == {"by": "omnispeech tiny", "seed": 0}

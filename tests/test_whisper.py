@@ -135,7 +135,7 @@ def test_a_whole_qwen2_audio_config_is_asked_for_its_audio_config() -> None:
 @pytest.mark.parametrize(
     "raw, message",
     [
-        ({"model_type": "wavlm"}, "unknown audio encoder 'wavlm'; known: qwen2_audio_encoder, "),
+        ({"model_type": "hubert"}, "unknown audio encoder 'hubert'; known: qwen2_audio_encoder, "),
         ({"activation_function": "mish"}, "unknown activation_function 'mish'"),
         ({"d_model": 10, "encoder_attention_heads": 3}, "d_model=10 .* is not a multiple of"),
     ],

@@ -175,7 +175,7 @@ async def test_not_ready_until_the_models_are_loaded_and_sound_was_made() -> Non
     gate.set()
     while not one.status().ready:
         await asyncio.sleep(0.01)
-    assert set(one.status().phases) == {"warm up"}
+    assert set(one.status().phases) == {"take memory of conversations", "warm up"}
     one.close()
 
 

@@ -1,10 +1,10 @@
-"""Samples -> log-mel features, as the Whisper feature extractor computes them."""
+"""Samples -> what an audio encoder reads: log-mel features, or the samples themselves."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,9 +30,34 @@ ASSUMED = {
 }
 
 
+class FrontEnd(Protocol):
+    """What stands between a clip and the audio encoder of a checkpoint."""
+
+    def valid_frames(self, samples: int) -> int:
+        """Frames of the features that are sound, of a clip of so many samples."""
+
+    def features(self, samples: NDArray[np.float32], *, longest: int = 0) -> Tensor:
+        """[N] in [-1, 1] -> [..., T]; longest: see `log_mel`"""
+
+
+@dataclass(frozen=True, slots=True)
+class Waveform:
+    """For encoders that read the samples: each is a frame."""
+
+    def valid_frames(self, samples: int) -> int:
+        return samples
+
+    def features(self, samples: NDArray[np.float32], *, longest: int = 0) -> Tensor:
+        """[N] -> [N], whatever the others of the request are."""
+        return torch.as_tensor(samples, dtype=torch.float32)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MelConfig:
-    """What is used of audio/preprocessor_config.json; the defaults are those of its class."""
+    """What is used of audio/preprocessor_config.json; the defaults are those of its class.
+
+    The features are those of the Whisper feature extractor.
+    """
 
     feature_size: int = 80
     sampling_rate: int = 16_000
@@ -68,6 +93,10 @@ class MelConfig:
     def valid_frames(self, samples: int) -> int:
         """Frames of a clip that begin inside it: the others are padding."""
         return -(-samples // self.hop_length)
+
+    def features(self, samples: NDArray[np.float32], *, longest: int = 0) -> Tensor:
+        """[N] -> [M, T]"""
+        return log_mel(samples, self, longest=longest)
 
 
 def log_mel(

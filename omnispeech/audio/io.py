@@ -1,8 +1,10 @@
 """Sound files and raw PCM <-> samples: [N] float32 in [-1, 1]."""
 
 import io
+import math
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -49,6 +51,20 @@ def decode_audio(data: bytes, *, max_seconds: float) -> Samples:
     return samples
 
 
+def audio_blocks(path: Path) -> Iterator[Samples]:
+    """A file of any length, as `decode_audio` reads it, block by block: [N] each, some empty.
+
+    Raises AudioError where it cannot be read on.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            yield from _mono_blocks(file, math.inf)
+    except soundfile.SoundFileError as exc:
+        raise AudioError(
+            f"the audio cannot be decoded, or not to its end: {_reason(exc)}; bring the whole file"
+        ) from exc
+
+
 def _reason(exc: Exception) -> str:
     """In the words of libsndfile; soundfile puts the address of our buffer before them."""
     words = getattr(exc, "error_string", str(exc)).rstrip(".")
@@ -64,7 +80,7 @@ def _mono_blocks(file: soundfile.SoundFile, max_seconds: float) -> Iterator[Samp
         )
     resampler = Resampler(rate_hz, SAMPLE_RATE_HZ, file.channels)
     frames = max(1, BLOCK_VALUES // file.channels)
-    frames_left = int(max_seconds * rate_hz)
+    frames_left = max_seconds * rate_hz
     while len(block := file.read(frames, dtype="float32", always_2d=file.channels > 1)):
         frames_left -= len(block)
         if frames_left < 0:

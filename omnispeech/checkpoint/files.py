@@ -1,27 +1,15 @@
 """Whole files and exact weights: nothing half-written is read, nothing missing is invented."""
 
-import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from omnispeech.checkpoint.whole_file import replace_file as replace_file
+from omnispeech.checkpoint.whole_file import size_text as size_text
 from omnispeech.errors import CheckpointError
-
-
-def replace_file(target: Path, write: Callable[[Path], None]) -> None:
-    """`target` appears whole or not at all: written beside, synced, renamed."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def build_on_meta(make: Callable[[], nn.Module]) -> nn.Module:
@@ -92,10 +80,3 @@ def held_bytes(model: nn.Module) -> int:
     tensors = [t for t in (*model.parameters(), *model.buffers()) if not t.is_meta]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
     return sum(storage.nbytes() for storage in storages.values())
-
-
-def size_text(size: int) -> str:
-    """Of bytes: 1_500_000_000 -> 1.50 GB, 3_400_000 -> 3.4 MB, 51_200 -> 51.2 kB"""
-    if size >= 10**8:
-        return f"{size / 1e9:.2f} GB"
-    return f"{size / 1e6:.1f} MB" if size >= 10**6 else f"{size / 1e3:.1f} kB"

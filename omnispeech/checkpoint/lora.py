@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from omnispeech.checkpoint.shards import TensorFiles
+from omnispeech.checkpoint.reader import Tensors
+from omnispeech.checkpoint.shards import TensorFiles, Wanted
 from omnispeech.errors import CheckpointError
 
 MATRIX = re.compile(r"(?P<target>.+)\.lora_(?P<side>[AB])\.default\.weight")
@@ -61,18 +63,29 @@ class MergedLora:
         return self._tensors.dtype(self._stored[name])
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        if name not in self._targets:
-            return self._tensors.read(self._stored[name], device, dtype)
-        weight, a, b = (
-            self._tensors.read(stored, device, torch.float32) for stored in self._parts(name)
-        )
-        return (weight + self._scale * (b @ a)).to(dtype)
+        return next(self.read_all([(name, dtype)], device))
+
+    def read_all(self, wanted: Wanted, device: torch.device, threads: int = 0) -> Tensors:
+        """As `read`, of several that follow one another."""
+        parts = [part for name, dtype in wanted for part in self._needed(name, dtype)]
+        with closing(self._tensors.read_all(parts, device, threads)) as tensors:
+            for name, dtype in wanted:
+                if name not in self._targets:
+                    yield next(tensors)
+                    continue
+                weight, a, b = (next(tensors) for _ in range(3))
+                yield (weight + self._scale * (b @ a)).to(dtype)
 
     def read_rows(self, name: str, rows: Sequence[int] | Tensor) -> Tensor:
         if name not in self._targets:
             return self._tensors.read_rows(self._stored[name], rows)
         weight = self.read(name, torch.device("cpu"), self.dtype(name))
         return weight[torch.as_tensor(rows, dtype=torch.long).cpu()]
+
+    def _needed(self, name: str, dtype: torch.dtype) -> Wanted:
+        if name not in self._targets:
+            return [(self._stored[name], dtype)]
+        return [(stored, torch.float32) for stored in self._parts(name)]
 
     def _parts(self, target: str) -> tuple[str, str, str]:
         return self._stored[target], self._sides[target, "A"], self._sides[target, "B"]

@@ -18,7 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from omnispeech.checkpoint.files import replace_file
+from omnispeech.checkpoint.whole_file import replace_file
 from omnispeech.errors import CheckpointError
 from omnispeech.json_file import read_json
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 FILE_NAME = "omnispeech-manifest.json"
 FORMAT = 1
 PIECE = 1 << 24  # bytes hashed at a time
-REPORTS = ("*.log", "quantization_report.json")
+REPORTS = ("*.log", "quantization_report.json", "bridge_report.json")
 
 Entries = dict[str, "ManifestEntry"]
 
@@ -74,17 +74,22 @@ class Manifest:
             )
         return entries[name]
 
-    def enter(self, name: str, made: Mapping[str, Any]) -> ManifestEntry:
+    def enter(
+        self, name: str, made: Mapping[str, Any], records: Mapping[str, FileRecord] | None = None
+    ) -> ManifestEntry:
         """Hashes every file of the directory `name` and records it, in place of an older entry.
 
         made: how it was made, any JSON object.
+        records: by path inside the directory, of files that were hashed already; nothing is then
+            hashed here, and files that are not among them do not belong to the model.
         """
         directory = self._directory / name
         if Path(name).name != name or name in ("", "..") or not directory.is_dir():
             raise CheckpointError(f"{name!r} is not a directory in {self._directory}")
-        if not (records := _records(directory)):
+        files = _records(directory) if records is None else dict(records)
+        if not files:
             raise CheckpointError(f"{directory} holds no files; there is nothing to enter")
-        entry = ManifestEntry(dict(made), _now(), records)
+        entry = ManifestEntry(dict(made), _now(), files)
         try:
             self._put(name, entry)
         except OSError as exc:
@@ -114,7 +119,7 @@ class Manifest:
         if not deep:
             self._check_times(directory, entry)
             return
-        found = {file: _record(directory / file) for file in entry.compared}
+        found = {file: record_file(directory / file) for file in entry.compared}
         for file, record in entry.compared.items():
             if found[file].sha256 != record.sha256:
                 raise self._changed(directory / file, "its bytes have changed; make it again")
@@ -160,6 +165,8 @@ class Manifest:
             change(entries)
             raw = {"format": FORMAT, "entries": {n: asdict(entries[n]) for n in sorted(entries)}}
             text = json.dumps(raw, indent=1, ensure_ascii=False) + "\n"
+            for left in self._directory.glob(f".{FILE_NAME}.*.partial"):
+                left.unlink()  # of a writer that was killed: the lock is held here
             replace_file(self.path, lambda path: _write(path, text))
 
     @contextmanager
@@ -199,10 +206,11 @@ def _entry(raw: Mapping[str, Any]) -> ManifestEntry:
 
 def _records(directory: Path) -> dict[str, FileRecord]:
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    return {path.relative_to(directory).as_posix(): _record(path) for path in paths}
+    return {path.relative_to(directory).as_posix(): record_file(path) for path in paths}
 
 
-def _record(path: Path) -> FileRecord:
+def record_file(path: Path) -> FileRecord:
+    """Reads and hashes every byte."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         status = os.fstat(file.fileno())  # of before: what is written meanwhile will be noticed

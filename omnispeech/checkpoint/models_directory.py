@@ -6,11 +6,12 @@ not is an error, never a reason to take another precision.
 
 import logging
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from omnispeech.checkpoint.manifest import Manifest
-from omnispeech.checkpoint.quantized import read_quantization
+from omnispeech.checkpoint.wavlm_paths import BRIDGE, WAVLM, WavLMPaths, is_wavlm, wavlm_paths
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.json_file import read_json
 
@@ -41,13 +42,17 @@ class Sources:
     decoder: Path
     llm: Path | None = None  # in place of the LLM in base
     speech_lm: Path | None = None  # in place of the speech LM in base
+    wavlm: WavLMPaths | None = None  # in place of the audio encoder in base
 
 
-def choose_sources(directory: Path, llm: str = "auto", speech_lm: str = "bf16") -> Sources:
+def choose_sources(
+    directory: Path, llm: str = "auto", speech_lm: str = "bf16", audio_encoder: str = "checkpoint"
+) -> Sources:
     """Which directories to load from `directory`; raises CheckpointError for what is not whole.
 
     llm: bf16, awq, gptq, 8bit, or auto: the first of awq, gptq, 8bit and bf16 that is there.
     speech_lm: awq, or bf16: the one that the model of the LLM brings.
+    audio_encoder: wavlm, or checkpoint: the one of the model of the LLM.
     """
     _check_level(directory)
     if speech_lm not in ("bf16", *SPEECH_LMS):
@@ -55,7 +60,13 @@ def choose_sources(directory: Path, llm: str = "auto", speech_lm: str = "bf16") 
     _tell_leftovers(directory)
     base, chosen = choose_llm(directory, llm)
     speech = _verified(directory, SPEECH_LMS[speech_lm]) if speech_lm in SPEECH_LMS else None
-    return Sources(base=base, decoder=_need(directory, DECODER), llm=chosen, speech_lm=speech)
+    return Sources(
+        base=base,
+        decoder=_need(directory, DECODER),
+        llm=chosen,
+        speech_lm=speech,
+        wavlm=_choose_wavlm(directory, base, audio_encoder),
+    )
 
 
 def _check_level(directory: Path) -> None:
@@ -72,7 +83,7 @@ def choose_llm(directory: Path, name: str) -> tuple[Path, Path | None]:
         raise ConfigError(f"--llm {name!r}; allowed: auto, {', '.join(known)}")
     chosen = _best(directory) if name == "auto" else name
     if name == "auto" and chosen != "awq":
-        logger.info("No AWQ-quantized LLM found; tip: make one with: %s", COMMANDS[LLMS["awq"]])
+        logger.info("💡 No AWQ-quantized LLM found; tip: make one with: %s", COMMANDS[LLMS["awq"]])
     if chosen in LLMS:
         llm = _verified(directory, LLMS[chosen])
         return _base(directory), llm
@@ -119,14 +130,14 @@ def _original(directory: Path) -> Path:
     if missing and (directory / EIGHT_BIT).is_dir():
         raise CheckpointError(
             f"{directory / OPENS2S} is missing; {EIGHT_BIT} is there: use --llm 8bit or auto, "
-            "or fetch the original again"
+            f"or bring the original with: {fetch_command(directory, OPENS2S)}"
         )
     parts = [name for name in (*LLMS.values(), *SPEECH_LMS.values()) if (directory / name).is_dir()]
     if missing and parts:
         raise CheckpointError(
             f"{directory / OPENS2S} is missing; {parts[0]} is one language model and still needs "
-            "the audio encoder, the adapters and the other language model from there: fetch "
-            f"{OPENS2S} again"
+            "the audio encoder, the adapters and the other language model from there; bring it "
+            f"with: {fetch_command(directory, OPENS2S)}"
         )
     return _need(directory, OPENS2S)
 
@@ -135,7 +146,8 @@ def _need(directory: Path, name: str) -> Path:
     if not is_there(directory / name):
         raise CheckpointError(
             f"{directory / name} is missing; point --models or OMNISPEECH_MODELS at a models "
-            f"directory, or make a small random one with: omnispeech tiny {directory}"
+            f"directory, bring it with: {fetch_command(directory, name)}, or make a small random "
+            f"one with: omnispeech tiny {directory}"
         )
     return directory / name
 
@@ -157,6 +169,51 @@ def _verified(directory: Path, name: str) -> Path:
     return directory / name
 
 
+def _choose_wavlm(directory: Path, base: Path, audio_encoder: str) -> WavLMPaths | None:
+    if audio_encoder not in ("checkpoint", "wavlm"):
+        raise ConfigError(f"--audio-encoder {audio_encoder!r}; allowed: checkpoint, wavlm")
+    if audio_encoder == "checkpoint" and not is_wavlm(base):
+        return None
+    paths = wavlm_paths(directory, base)
+    if paths.body and not is_there(paths.body):
+        raise CheckpointError(
+            f"{paths.body} is missing; bring it with: {fetch_command(directory, WAVLM)}"
+        )
+    if paths.bridge:
+        _check_bridge(directory, paths.bridge, base)
+    logger.info("Using WavLM: %s", paths.body or base)
+    return paths
+
+
+def _check_bridge(directory: Path, path: Path, base: Path) -> None:
+    """Without trained layers between them one network is noise to the other."""
+    command = f"omnispeech train-bridge --models {shlex.quote(str(directory))}"
+    if not is_there(path):
+        raise CheckpointError(
+            f"{path} is missing: what WavLM makes of a sound means nothing to the audio adapter "
+            f"of {base} until a bridge between them is trained, and the replies would be answers "
+            f"to noise; train it with: {command}"
+        )
+    try:
+        check(Manifest(directory), BRIDGE)
+    except CheckpointError as exc:
+        raise CheckpointError(f"{exc} (to make it again: {command} --overwrite)") from exc
+
+
+def fetch_command(directory: Path, name: str) -> str:
+    """What brings a directory of the models directory `directory`, or what it lacks."""
+    return f"omnispeech fetch {name} --models {shlex.quote(str(directory))}"
+
+
+def bring_again(directory: Path) -> str:
+    """What to do about a directory whose files are damaged."""
+    if directory.name in (OPENS2S, DECODER, WAVLM):
+        return f"mend it with: {fetch_command(directory.parent, directory.name)}"
+    if directory.name in COMMANDS:
+        return f"make it again with: {COMMANDS[directory.name]} --overwrite"
+    return "fetch it again"
+
+
 def is_there(path: Path) -> bool:
     """Raises CheckpointError for what is no directory, and for a link that leads nowhere."""
     if path.is_symlink() and not path.exists():
@@ -168,6 +225,8 @@ def is_there(path: Path) -> bool:
 
 def check_method(path: Path) -> None:
     """Raises CheckpointError for weights that are not what the name of the directory says."""
+    from omnispeech.checkpoint.quantized import read_quantization  # imports torch
+
     found = read_quantization(read_json(path / "config.json"))
     method = found.method if found else "not quantized"
     if method != METHODS[path.name]:

@@ -2,23 +2,31 @@
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from omnispeech.checkpoint.files import build_on_meta, held_bytes, size_text
+from omnispeech.checkpoint.hearing import open_hearing, with_wavlm
+from omnispeech.checkpoint.kernel_ready import KernelReady
 from omnispeech.checkpoint.lora import merged
+from omnispeech.checkpoint.prepared import Machine, Prepared, prepared_of
 from omnispeech.checkpoint.quantized import kernels_of, plan_causal_lm, read_quantization
 from omnispeech.checkpoint.shards import Shards
+from omnispeech.checkpoint.wavlm_paths import ENCODER, WavLMPaths, own_wavlm
 from omnispeech.checkpoint.weight_plan import Target, WeightPlan
 from omnispeech.errors import CheckpointError
 from omnispeech.json_file import read_json
+from omnispeech.layers.linear import QuantizedLinear
 from omnispeech.models.omnispeech import OmniSpeech, OmniSpeechConfig
 from omnispeech.models.qwen3 import Qwen3Config
 from omnispeech.models.speech_lm import SpeechLM
+from omnispeech.models.wavlm import WavLMConfig
+from omnispeech.models.whisper import EncoderConfig
+from omnispeech.phases import Phases
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +38,8 @@ NEEDED = (
     "tts/tokenizer.json",
 )
 LANGUAGE_MODELS = ("llm_model", "tts_lm_model")
+PARTS = {"llm_model": "LLM", "tts_lm_model": "speech LM"}
+REST = "audio encoder and adapters"
 UNIT_LIMIT = 512  # of one reply where the checkpoint sets none: about 41 s of speech
 
 
@@ -50,6 +60,15 @@ class LoadedOpenS2S:
     speech_generation: GenerationDefaults
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loading:
+    """How the weights come in; none of it changes what is computed with them."""
+
+    threads: int = 0  # that read; 0: see `read_tensors`
+    prepare: bool = False  # use and keep kernel-ready copies, see `checkpoint/prepared.py`
+    phases: Phases = field(default_factory=Phases)  # told of each part
+
+
 def load_opens2s(
     directory: Path,
     device: torch.device,
@@ -57,19 +76,25 @@ def load_opens2s(
     *,
     llm: Path | None = None,
     speech_lm: Path | None = None,
+    wavlm: WavLMPaths | None = None,
     kernel: str = "auto",
+    loading: Loading | None = None,
 ) -> LoadedOpenS2S:
     """The whole model on `device`, its floating point weights cast to `dtype`.
 
     llm, speech_lm: directories of language models that take the place of those in `directory`, of
         which then no byte is read. Tokenizers and settings are still those of `directory`.
+    wavlm: in place of the audio encoder, of which then no byte is read; see `checkpoint/wavlm.py`.
     kernel: of quantized linears, see `layers/linear.py`.
     """
+    loading = loading or Loading()
     _check_files(directory)
     raw = read_json(directory / "config.json")
     config = OmniSpeechConfig.from_dict(raw)
+    wavlm = wavlm or own_wavlm(directory)
     preprocessor = read_json(directory / "audio/preprocessor_config.json")
-    _check_segments(preprocessor, config)
+    if isinstance(config.audio_encoder, EncoderConfig) and not wavlm:
+        _check_segments(preprocessor, config.audio_encoder)
     text = read_generation(directory / "generation_config.json", raw["llm_config"])
     speech = read_generation(
         directory / "tts/generation_config.json", raw["tts_lm_config"], limit=UNIT_LIMIT
@@ -77,11 +102,19 @@ def load_opens2s(
     _check_end_ids(directory / "generation_config.json", text, config.llm)
     _check_end_ids(directory / "tts/generation_config.json", speech, config.tts_lm)
     others = zip(LANGUAGE_MODELS, (llm, speech_lm), strict=True)
-    plans = plan_opens2s(directory, device, {name: path for name, path in others if path})
+    replaced = {name: path for name, path in others if path}
+    with loading.phases.measure("check checkpoint"):
+        plans = plan_opens2s(directory, device, replaced, wavlm)
+        model = cast(OmniSpeech, plans[0].model)
+        hearing = open_hearing(directory, model.audio_encoder_model, wavlm)
+    target = Target(device, dtype, kernel, loading.threads)
     for plan in plans:
-        _load(plan, Target(device, dtype, kernel))
+        _load(plan, target, loading, replaced if plan is plans[0] else ())
+    if hearing:
+        with loading.phases.measure("load WavLM") as phase:
+            phase.size = hearing.load(target)
     return LoadedOpenS2S(
-        model=cast(OmniSpeech, plans[0].model),
+        model=model,
         preprocessor=preprocessor,
         text_generation=text,
         speech_generation=speech,
@@ -89,19 +122,28 @@ def load_opens2s(
 
 
 def plan_opens2s(
-    directory: Path, device: torch.device, others: Mapping[str, Path] | None = None
+    directory: Path,
+    device: torch.device,
+    others: Mapping[str, Path] | None = None,
+    wavlm: WavLMPaths | None = None,
 ) -> list[WeightPlan]:
     """All headers are compared here: a misfit is not found after reading 22 GB.
 
     The first plan is of the whole model. others: directories of language models that take the
-    place of those in `directory`, by name in the model; each has a plan of its own.
+    place of those in `directory`, by name in the model; each has a plan of its own. A WavLM is in
+    no plan: `open_hearing` compares it.
     """
     _check_files(directory)
     raw, others = read_json(directory / "config.json"), others or {}
     config = OmniSpeechConfig.from_dict(raw)
+    config = replace(
+        config, audio_encoder=with_wavlm(config.audio_encoder, wavlm or own_wavlm(directory))
+    )
     model = cast(OmniSpeech, build_on_meta(lambda: OmniSpeech(config)))
     tensors = merged(Shards(directory, device), directory, raw)
     elsewhere = tuple(f"{name}." for name in others)
+    if isinstance(config.audio_encoder, WavLMConfig):
+        elsewhere += (ENCODER,)
     quantization = read_quantization(raw)
     return [
         WeightPlan(model, tensors, quantization, str(directory), elsewhere=elsewhere),
@@ -152,9 +194,8 @@ def _check_files(directory: Path) -> None:
         )
 
 
-def _check_segments(preprocessor: Mapping[str, Any], config: OmniSpeechConfig) -> None:
+def _check_segments(preprocessor: Mapping[str, Any], encoder: EncoderConfig) -> None:
     """The features must fit the audio encoder; better known now than at the first audio."""
-    encoder = config.audio_encoder
     chunk = preprocessor.get("chunk_length", 30) * preprocessor.get("sampling_rate", 16_000)
     frames = chunk // preprocessor.get("hop_length", 160)
     if frames % (2 * encoder.max_source_positions):
@@ -169,17 +210,51 @@ def _check_segments(preprocessor: Mapping[str, Any], config: OmniSpeechConfig) -
         )
 
 
-def _load(plan: WeightPlan, target: Target) -> None:
+def _load(plan: WeightPlan, target: Target, loading: Loading, without: Collection[str]) -> None:
     """With the lines that the guides look for in the log."""
     kind = {OmniSpeech: "model", SpeechLM: "speech LM"}.get(type(plan.model), "LLM")
     bits = ""
     if plan.quantization:
         kind = f"{plan.quantization.method.upper()}-quantized {kind}"
         bits = f"{plan.quantization.scheme.bits}-bit, "
-    logger.info("Loading %s from %s...", kind, plan.source)
+    logger.info("🔄 Loading %s from %s...", kind, plan.source)
     began = time.perf_counter()
-    plan.load(target)
+    prepared = _prepared(plan, target, without) if loading.prepare else None
+    ready = prepared.open(plan.forms) if prepared else None
+    for part, names in _parts(plan).items():
+        with loading.phases.measure(f"load {part}") as phase:
+            before = _bytes_read(plan, ready)
+            plan.load(target, names, ready)
+            phase.size = _bytes_read(plan, ready) - before
     seconds, size = time.perf_counter() - began, held_bytes(plan.model)
-    logger.info("%s loaded (%s%s, %.1f s)", kind, bits, size_text(size), seconds)
+    logger.info("✅ %s loaded (%s%s, %.1f s)", kind, bits, size_text(size), seconds)
     if kernels := kernels_of(plan.model):
         logger.info("kernels of its quantized linears: %s", kernels)
+    if prepared and not ready:
+        with loading.phases.measure("keep kernel-ready weights"):
+            prepared.write(_quantized_linears(plan))
+
+
+def _prepared(plan: WeightPlan, target: Target, without: Collection[str]) -> Prepared | None:
+    if not plan.quantized:
+        return None
+    return prepared_of(Path(plan.source), Machine(target.device, target.kernel), without)
+
+
+def _parts(plan: WeightPlan) -> dict[str, set[str]]:
+    """Names of tensors by what they are of, in the order of the files."""
+    if not isinstance(plan.model, OmniSpeech):
+        return {"speech LM" if isinstance(plan.model, SpeechLM) else "LLM": set(plan.names)}
+    parts: dict[str, set[str]] = {}
+    for name in plan.names:
+        parts.setdefault(PARTS.get(name.partition(".")[0], REST), set()).add(name)
+    return parts
+
+
+def _bytes_read(plan: WeightPlan, ready: KernelReady | None) -> int:
+    return plan.bytes_read + (ready.bytes_read if ready else 0)
+
+
+def _quantized_linears(plan: WeightPlan) -> dict[str, QuantizedLinear]:
+    modules = plan.model.named_modules()
+    return {name: module for name, module in modules if isinstance(module, QuantizedLinear)}

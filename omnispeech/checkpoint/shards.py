@@ -2,21 +2,30 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from threading import Lock
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from omnispeech.checkpoint.models_directory import bring_again
+from omnispeech.checkpoint.reader import (
+    Request,
+    Tensors,
+    Transfers,
+    read_tensor,
+    read_tensors,
+    transfers_to,
+)
 from omnispeech.checkpoint.tensor_file import TensorFile
 from omnispeech.errors import CheckpointError
 from omnispeech.json_file import read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-PINNED = 64 << 20  # bytes of host memory through which tensors travel to a CUDA device
 SAMPLE = 4096  # bytes of each tensor that tell models apart
-CAST = 1 << 20  # bytes cast at a time: they are still in the cache of the processor
+
+
+Wanted = Sequence[tuple[str, torch.dtype]]  # names of tensors, and the types they shall have
 
 
 class TensorFiles(Protocol):
@@ -34,6 +43,8 @@ class TensorFiles(Protocol):
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor: ...
 
+    def read_all(self, wanted: Wanted, device: torch.device, threads: int = 0) -> Tensors: ...
+
     def read_rows(self, name: str, rows: Sequence[int] | Tensor) -> Tensor: ...
 
 
@@ -41,21 +52,19 @@ class Shards:
     def __init__(self, directory: Path, device: torch.device) -> None:
         """Opens all files: what is missing or damaged is found here, before the long read.
 
-        `device` is where the tensors go; for a CUDA device some host memory is pinned.
+        `device` is where the tensors go.
         """
         self.files = [TensorFile(path) for path in weight_files(directory)]
         self._places: dict[str, TensorFile] = {}
         for file in self.files:
             if twice := self._places.keys() & file.entries.keys():
                 raise CheckpointError(f"{file.path} holds {min(twice)} a second time")
-            self._places |= dict.fromkeys(file.entries, file)
-        pinned = device.type == "cuda"
-        size = PINNED if pinned else CAST
-        self._staging = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        self._lock = Lock()
+            self._places |= dict.fromkeys(file.in_order(), file)
+        self._transfers = transfers_to(device)
 
     @property
     def names(self) -> Collection[str]:
+        """In the order of the files and of the bytes in them."""
         return self._places.keys()
 
     @property
@@ -85,32 +94,23 @@ class Shards:
 
     def read(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Straight to the device; whole numbers (packed weights) keep their type."""
-        stored = self.dtype(name)
-        wanted = dtype if stored.is_floating_point else stored
-        if device.type == "cpu" and stored == wanted:
-            return self._places[name].read(name)
-        # a processor casts on the way, a CUDA device faster by itself
-        data = self._staged(name, device, wanted if device.type == "cpu" else stored)
-        return data.to(wanted)
+        return read_tensor(self._request(name, dtype), device, self._to(device))
+
+    def read_all(self, wanted: Wanted, device: torch.device, threads: int = 0) -> Tensors:
+        """As `read`, of several that follow one another; see `read_tensors`."""
+        requests = [self._request(*one) for one in wanted]
+        return read_tensors(requests, device, threads, self._to(device))
 
     def read_rows(self, name: str, rows: Sequence[int] | Tensor) -> Tensor:
         """rows [R] of a tensor [N, K] -> [R, K] on the CPU, as stored; only these are read."""
         return self._places[name].read_rows(name, rows)
 
-    def _staged(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Through the same host memory piece by piece: no second copy of the tensor."""
-        file = self._places[name]
-        entry = file.entries[name]
-        data = torch.empty(entry.shape, dtype=dtype, device=device)
-        numbers = data.view(-1)
-        step = len(self._staging) // entry.dtype.itemsize
-        with self._lock:
-            for start in range(0, len(numbers), step):
-                piece = numbers[start : start + step]
-                staged = self._staging[: len(piece) * entry.dtype.itemsize]
-                file.read_bytes(name, staged, start * entry.dtype.itemsize)
-                piece.copy_(staged.view(entry.dtype))  # done on return: staging is used again
-        return data
+    def _to(self, device: torch.device) -> Transfers | None:
+        return self._transfers if device.type != "cpu" else None
+
+    def _request(self, name: str, dtype: torch.dtype) -> Request:
+        stored = self.dtype(name)
+        return Request(self._places[name], name, dtype if stored.is_floating_point else stored)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -128,7 +128,7 @@ def weight_files(directory: Path) -> list[Path]:
     if missing := [name for name in names if not (directory / name).is_file()]:
         raise CheckpointError(
             f"{directory} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}; "
-            "fetch them again"
+            f"{bring_again(directory)}"
         )
     return [directory / name for name in names]
 

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from omnispeech.checkpoint.models_directory import bring_again
 from omnispeech.errors import CheckpointError
 
 # In the order in which tensors are written: wide numbers first, so that all are aligned.
@@ -66,10 +67,19 @@ class TensorFile:
             raise CheckpointError(f"{path} cannot be opened: {exc.strerror}") from exc
         weakref.finalize(self, os.close, self._descriptor)
         self.size = os.fstat(self._descriptor).st_size
-        self.bytes_read = 0  # of tensors, headers not counted
+        self._read: list[int] = []  # a list, because appending needs no lock in threads and forks
         header = self._read_header()
         self.header_digest = hashlib.sha256(header).hexdigest()
         self.metadata, self.entries = self._parse(header)
+
+    @property
+    def bytes_read(self) -> int:
+        """Of tensors, headers not counted."""
+        return sum(self._read)
+
+    def in_order(self) -> list[str]:
+        """Names of the tensors as they follow one another in the file."""
+        return sorted(self.entries, key=lambda name: self.entries[name].start)
 
     def read(self, name: str) -> Tensor:
         """The whole tensor in its stored type, in memory of its own."""
@@ -84,7 +94,7 @@ class TensorFile:
         if offset + len(target) > entry.size:
             raise ValueError(f"{name} has {entry.size} bytes, not {offset + len(target)}")
         self._fill(entry.start + offset, target.numpy().data)
-        self.bytes_read += len(target)
+        self._read.append(len(target))
 
     def read_rows(self, name: str, rows: Sequence[int] | Tensor) -> Tensor:
         """rows [R] of a tensor [N, K] -> [R, K], in any order; a repeated row is read once."""
@@ -143,7 +153,7 @@ class TensorFile:
         return metadata, entries
 
     def _damaged(self, reason: str) -> CheckpointError:
-        return CheckpointError(f"{self.path} is damaged: {reason}; fetch it again")
+        return CheckpointError(f"{self.path} is damaged: {reason}; {bring_again(self.path.parent)}")
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Tensors of a checkpoint -> a model built on meta, quantized linears where the files hold them."""
 
+from collections.abc import Collection, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -7,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from omnispeech.checkpoint.files import listed, misfits
+from omnispeech.checkpoint.kernel_ready import KernelReady
 from omnispeech.checkpoint.salient import Sidecar
 from omnispeech.checkpoint.shards import TensorFiles
 from omnispeech.errors import CheckpointError
 from omnispeech.layers.linear import QuantizedLinear
 from omnispeech.layers.packing import Scheme, packed_dtypes, packed_shapes, unpack
+from omnispeech.layers.quantized_weight import Form
 from omnispeech.models.qwen3 import Block, CausalLM
 
 
@@ -31,6 +35,7 @@ class Target:
     device: torch.device
     dtype: torch.dtype  # of weights that are not packed, and of what the linears read
     kernel: str = "auto"  # of quantized linears
+    threads: int = 0  # that read; 0: see `read_tensors`
 
 
 class WeightPlan:
@@ -61,7 +66,7 @@ class WeightPlan:
         self._sidecar = sidecar
         self._elsewhere = elsewhere
         self._names = [n for n in tensors.names if not n.startswith(elsewhere)]
-        self._tied = _tied_heads(model, self._names)
+        self.tied = _tied_heads(model, self._names)
         self._check()
 
     @cached_property
@@ -76,25 +81,71 @@ class WeightPlan:
             if isinstance(linear, nn.Linear) and f"{path}.{name}.qweight" in names
         }
 
-    def load(self, target: Target) -> None:
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors that are to be read, in the order of the files."""
+        return list(self._names)
+
+    @property
+    def bytes_read(self) -> int:
+        return self._tensors.bytes_read
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """Of the linears whose packed weights are in the files, by name."""
+        return {
+            name: Form(linear.out_features, linear.in_features, self._scheme.bits)
+            for name, linear in self.quantized.items()
+        }
+
+    def load(
+        self,
+        target: Target,
+        names: Collection[str] | None = None,
+        ready: KernelReady | None = None,
+    ) -> None:
         """Fills the model, reading in the order of the files.
 
         A quantized linear is built as soon as all its tensors are there, and they are let go.
+        names: of the tensors to load now, whole language models; None: all.
+        ready: holds the quantized linears as they shall be; of theirs only biases are read here.
         """
+        wanted = self._names if names is None else [n for n in self._names if n in names]
+        linears = {n.rpartition(".")[0] for n in wanted} & self.quantized.keys()
+        if ready:
+            wanted = [n for n in wanted if n.rpartition(".")[0] not in linears or _is_bias(n)]
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in linears}
         plain: dict[str, Tensor] = {}
-        parts: dict[str, dict[str, Tensor]] = {name: {} for name in self.quantized}
-        whole = {name: self._suffixes(name) for name in self.quantized}
-        for name in self._names:
+        for name, tensor in self._read(wanted, target):
             module, _, suffix = name.rpartition(".")
             if module not in parts:
-                plain[name] = self._tensors.read(name, target.device, target.dtype)
+                plain[name] = tensor
                 continue
-            stored = target.dtype if suffix == "bias" else torch.float16
-            parts[module][suffix] = self._tensors.read(name, target.device, stored)
-            if parts[module].keys() == whole[module]:
+            parts[module][suffix] = tensor
+            if not ready and parts[module].keys() == self._suffixes(module):
                 self._place(module, parts.pop(module), target)
-        plain |= {head: plain[embedding] for head, embedding in self._tied.items()}
+        if ready:
+            self._place_ready(ready, parts, target)
+        plain |= {
+            head: plain[embedding] for head, embedding in self.tied.items() if embedding in plain
+        }
         self.model.load_state_dict(plain, assign=True, strict=False)
+
+    def _read(self, names: list[str], target: Target) -> Iterator[tuple[str, Tensor]]:
+        packed = {f"{module}.{s}" for module in self.quantized for s in packed_dtypes(self._scheme)}
+        wanted = [(n, torch.float16 if n in packed else target.dtype) for n in names]
+        with closing(self._tensors.read_all(wanted, target.device, target.threads)) as tensors:
+            for name in names:
+                yield name, next(tensors)
+
+    def _place_ready(
+        self, ready: KernelReady, parts: dict[str, dict[str, Tensor]], target: Target
+    ) -> None:
+        biases = {name: part["bias"] for name, part in parts.items() if part}
+        linears = ready.read(parts.keys(), biases, target.device, target.threads)
+        with closing(linears):
+            for name, linear in linears:
+                self.model.set_submodule(name, linear)
 
     def _place(self, name: str, parts: dict[str, Tensor], target: Target) -> None:
         linear = QuantizedLinear(
@@ -113,7 +164,7 @@ class WeightPlan:
 
     def _check(self) -> None:
         found = {name: self._tensors.shape(name) for name in self._names}
-        heads = {head: found[embedding] for head, embedding in self._tied.items()}
+        heads = {head: found[embedding] for head, embedding in self.tied.items()}
         complaints = [
             *misfits(self._wanted_shapes(), found | heads),
             *listed("of another type", self._mistyped()),
@@ -160,6 +211,10 @@ class WeightPlan:
                 "quantization_config that says how it is packed"
             )
         return self.quantization.scheme
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith(".bias")
 
 
 def _tied_heads(model: nn.Module, names: list[str]) -> dict[str, str]:

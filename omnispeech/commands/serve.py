@@ -2,9 +2,10 @@
 
 import argparse
 import logging
-from dataclasses import fields
+import os
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from omnispeech.config import (
     CONFIGS,
@@ -13,6 +14,7 @@ from omnispeech.config import (
     ServerConfig,
     unknown_variables,
 )
+from omnispeech.logs import log_to_stdout
 from omnispeech.service import build_worker, read_settings
 
 logger = logging.getLogger(__name__)
@@ -25,13 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings as flat TOML")
     for config in CONFIGS:
         title = TITLES.get(config)
-        _add_settings(parser.add_argument_group(title) if title else parser, config)
+        add_settings(parser.add_argument_group(title) if title else parser, config)
 
 
-def _add_settings(group: argparse._ActionsContainer, config: type[Any]) -> None:
+def add_settings(group: argparse._ActionsContainer, config: type[Any]) -> None:
     """One flag per field; its value is checked when the dataclass is built."""
     for f in fields(config):
-        options: dict[str, Any] = {"help": f"{f.metadata['help']} (default: {f.default})"}
+        default = "none" if f.default == "" else f.default
+        options: dict[str, Any] = {"help": f"{f.metadata['help']} (default: {default})"}
         if get_origin(f.type) is Literal:
             options["choices"] = get_args(f.type)
         elif f.type is bool:
@@ -43,7 +46,7 @@ def _add_settings(group: argparse._ActionsContainer, config: type[Any]) -> None:
 
 def serve(args: argparse.Namespace) -> int:
     """Serves until stopped; the exit status is 1 if the models could not be loaded."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    log_to_stdout()
     for name in unknown_variables():
         logger.warning("the environment variable %s is no setting: it has no effect", name)
     settings = read_settings(vars(args), args.config)
@@ -53,10 +56,18 @@ def serve(args: argparse.Namespace) -> int:
     from omnispeech.server.http import HTTPServer, listen
 
     with listen(settings.server) as door:
-        http = HTTPServer(create_app(worker, settings.server), settings.server)
+        server = replace(settings.server, port=door.getsockname()[1])  # 0 was: any free port
+        http = HTTPServer(create_app(worker, server), server)
         worker.start(on_failure=http.stop)
         try:
             http.run(sockets=[door])
         finally:
-            worker.close()
-    return 1 if worker.status().failure else 0
+            ended = worker.close()
+    status = 1 if worker.status().failure else 0
+    return status if ended else end_now(status)
+
+
+def end_now(status: int) -> NoReturn:
+    """Past the interpreter's own end, which aborts while another thread is inside torch."""
+    logging.shutdown()
+    os._exit(status)

@@ -13,7 +13,6 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from omnispeech.audio.features import log_mel
 from omnispeech.config import DecoderConfig, EngineConfig
 from omnispeech.engine.events import Audio, Event, Message, Samples, Text, TurnRequest
 from omnispeech.engine.interleave import Rules
@@ -79,8 +78,8 @@ class Conversations:
         models = self.models
         audios = [p.samples for m in request.messages for p in m.content if isinstance(p, Audio)]
         prompt = models.prompt.build([_prompt_message(m) for m in request.messages])
-        valid = [models.mel.valid_frames(len(samples)) for samples in audios]
-        lengths = [self._vectors(frames) for frames in valid]
+        valid = [models.front_end.valid_frames(len(samples)) for samples in audios]
+        lengths = [self._vectors(*pair) for pair in zip(audios, valid, strict=True)]
         key = position_keys(prompt, audios, lengths)
         seed = request.seed if request.seed is not None else random.getrandbits(63)
         text_sampler, speech_sampler = samplers(
@@ -90,7 +89,7 @@ class Conversations:
             request=request,
             rules=self._rules(request, len(key)),
             prompt=prompt,
-            mels=self._mels(audios),
+            features=self._features(audios),
             valid_frames=valid,
             audio_lengths=lengths,
             key=key,
@@ -112,19 +111,18 @@ class Conversations:
             raise
         return True
 
-    def _mels(self, audios: Sequence[Samples]) -> list[Tensor]:
+    def _features(self, audios: Sequence[Samples]) -> list[Tensor]:
         """The original pads every audio of a request to the longest."""
         longest = max(map(len, audios), default=0) if self.config.compatible else 0
-        return [log_mel(samples, self.models.mel, longest=longest) for samples in audios]
+        return [self.models.front_end.features(samples, longest=longest) for samples in audios]
 
-    def _vectors(self, valid_frames: int) -> int:
-        """Prompt positions that an audio takes."""
+    def _vectors(self, samples: Samples, valid_frames: int) -> int:
+        """Prompt positions that an audio takes, known before it is heard."""
         lm = self.models.lm
         count = lm.audio_adapter.output_length(lm.audio_encoder_model.output_length(valid_frames))
         if not count:
             raise AudioError(
-                f"an audio of {valid_frames} mel frames is too short to be heard; "
-                "send 0.1 s or more"
+                f"an audio of {len(samples)} samples is too short to be heard; send 0.1 s or more"
             )
         return count
 

@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from omnispeech.audio.features import MelConfig
+from omnispeech.audio.features import FrontEnd
 from omnispeech.audio.io import pcm16_from_samples
 from omnispeech.engine.prefix_cache import PrefixCache
 from omnispeech.engine.sampling import NOT_FINITE, choose
@@ -29,7 +29,7 @@ class LanguageModels:
     lm: OmniSpeech
     prompt: PromptBuilder
     units: UnitVocabulary
-    mel: MelConfig
+    front_end: FrontEnd
     text_end: frozenset[int]
     speech_end: frozenset[int]
     text_top_k: int
@@ -90,17 +90,16 @@ class Runner:
         lm = self.models.lm
         first, known = _unread(session)
         heard = known + len(session.frames)
-        if heard < len(session.mels):
-            mel = session.mels[heard].to(lm.llm2tts.weight)
-            frames = lm.audio_encoder_model.encode(mel, session.valid_frames[heard])
-            session.frames.append(frames)
-        if known + len(session.frames) == len(session.mels):
+        if heard < len(session.features):
+            clip, valid = session.features[heard], session.valid_frames[heard]
+            session.frames.append(lm.audio_encoder_model.encode(clip, valid))
+        if known + len(session.frames) == len(session.features):
             lengths = map(lm.audio_encoder_model.output_length, session.valid_frames[known:])
             rule = session.rules.compatible
             audios = lm.adapt_audio(session.frames, list(lengths), batch_rule=rule)
             vectors = lm.splice(session.prompt[first:], audios)
             session.prompt_vectors = vectors[len(vectors) - session.prompt_left :]
-            session.mels, session.frames = [], []
+            session.features, session.frames = [], []
 
     @torch.inference_mode()
     def run_llm(self, turns: Sequence[LLMTurn]) -> None:

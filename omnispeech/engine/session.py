@@ -29,8 +29,8 @@ class Session:
     request: TurnRequest
     rules: Rules
     prompt: list[int]  # ids, audio slots not yet expanded
-    mels: list["Tensor"]  # [M, T] of each audio
-    valid_frames: list[int]
+    features: list["Tensor"]  # [..., T] of each audio, as its encoder reads them
+    valid_frames: list[int]  # of T
     audio_lengths: list[int]  # prompt positions of each audio
     key: "Sequence[Position]"  # of the prompt, for the prefix cache
     text_sampler: Sampler

@@ -30,12 +30,12 @@ from omnispeech.engine.interleave import Interleaver
 from omnispeech.engine.runner import Models
 from omnispeech.engine.session import Session
 from omnispeech.errors import GenerationError, NotReady, OmniSpeechError, Overloaded
-from omnispeech.phases import Phases
+from omnispeech.phases import Phases, peak_memory
 
 logger = logging.getLogger(__name__)
 
 IDLE_S = 0.05  # how often an idle thread looks for callers that have left
-CLOSE_S = 10.0  # a thread that is still loading is not waited for any longer
+CLOSE_S = 10.0  # a step that takes longer is not waited for
 LOADING = "the models are still being loaded; try again later"
 STOPPING = "the server is stopping"
 WARM_UP = TurnRequest(
@@ -72,11 +72,15 @@ class Worker:
         self._on_failure = on_failure
         self._thread.start()
 
-    def close(self) -> None:
-        """Ends the thread after its current step; replies under way are told."""
+    def close(self) -> bool:
+        """Ends the thread after its current step; replies under way are told.
+
+        Whether it has ended: one that is still loading is not waited for.
+        """
         self._inbox.put(None)
-        if self._thread.is_alive():
+        if self._ready or self._failure:
             self._thread.join(CLOSE_S)
+        return not self._thread.is_alive()
 
     @property
     def conversations(self) -> Conversations:
@@ -152,9 +156,11 @@ class Worker:
     def _run(self) -> None:
         try:
             models = self._load()
-            self._conversations = Conversations(models, self.config, self._decoder)
+            with self._phases.measure("take memory of conversations"):
+                self._conversations = Conversations(models, self.config, self._decoder)
             with self._phases.measure("warm up"):
                 warm_up(self._conversations)
+            logger.info("ready; peak host memory %.1f GB", peak_memory() / 1e9)
             self._ready = True
             self._serve(self._conversations)
         except Exception as error:

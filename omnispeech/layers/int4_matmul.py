@@ -5,7 +5,7 @@ offset = (8 - z) * scale. How they want codes to lie depends on the processor: i
 packing a probe, because large batches dequantize from the packed form, the only one kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omnispeech.layers.packing import QuantizedWeight, join_fields, split_fields
+from omnispeech.layers.quantized_weight import Form
 
 GROUP_SIZES = (256, 128, 64, 32)  # that the kernels take
 ROWS_AT_ONCE = 1024  # while packing: the kernels' packers want four bytes for each code
@@ -59,19 +60,34 @@ class Int4Matmul(nn.Module):
     def __init__(self, weight: QuantizedWeight, device: torch.device) -> None:
         """For a weight that `obstacle` has nothing against."""
         super().__init__()
-        self.rows, self.columns = weight.codes.shape
-        tile = find_tile(device, self.columns)
+        columns = weight.codes.shape[1]
+        tile = find_tile(device, columns)
         assert tile is not None, device
-        self.tile = tile
-        group = self.columns // weight.scales.shape[1]
-        self.group_size = next(size for size in GROUP_SIZES if group % size == 0)
+        group = columns // weight.scales.shape[1]
+        group_size = next(size for size in GROUP_SIZES if group % size == 0)
         pack = tile.pack if tile.columns == 1 else _packer(device, tile.columns)
         parts = torch.split(_whole_tiles(weight.codes, tile.rows), ROWS_AT_ONCE)
         packed = torch.cat([pack(part.to(device)) for part in parts])
-        self.register_buffer("packed", packed, persistent=False)
         pairs = _whole_tiles(_scale_offset(weight), tile.rows).to(device)  # [N, G, 2]
-        pairs = pairs.repeat_interleave(group // self.group_size, dim=1)
-        self.register_buffer("scale_offset", pairs.transpose(0, 1).contiguous(), persistent=False)
+        pairs = pairs.repeat_interleave(group // group_size, dim=1)
+        buffers = {"packed": packed, "scale_offset": pairs.transpose(0, 1).contiguous()}
+        self._hold(Form.of(weight), buffers, tile)
+
+    @classmethod
+    def restore(cls, form: Form, buffers: Mapping[str, Tensor]) -> "Int4Matmul":
+        """From the buffers of one that was built on such a device."""
+        matmul = cls.__new__(cls)
+        nn.Module.__init__(matmul)
+        tile = find_tile(buffers["packed"].device, form.columns)
+        assert tile is not None, buffers["packed"].device
+        matmul._hold(form, buffers, tile)
+        return matmul
+
+    def _hold(self, form: Form, buffers: Mapping[str, Tensor], tile: Tile) -> None:
+        self.rows, self.columns, self.tile = form.rows, form.columns, tile
+        self.register_buffer("packed", buffers["packed"], persistent=False)
+        self.register_buffer("scale_offset", buffers["scale_offset"], persistent=False)
+        self.group_size = self.columns // len(self.scale_offset)
 
     def forward(self, x: Tensor) -> Tensor:
         half = x.to(torch.bfloat16).contiguous()
@@ -146,6 +162,14 @@ def find_tile(device: torch.device, columns: int) -> Tile | None:
         return None
     tiles = (_learn_on(device, rows, size) for rows, size in shapes)
     return next((tile for tile in tiles if tile), None)
+
+
+def tile_orders(device: torch.device) -> bytes:
+    """All that the packed form depends on there: equal where `restore` gives the same layer."""
+    tiles = [find_tile(device, columns) for columns in (32, 64, 128)]
+    return repr(
+        [tile and (tile.rows, tile.columns, tile.order.tolist()) for tile in tiles]
+    ).encode()
 
 
 @lru_cache

@@ -6,10 +6,13 @@ group of columns; more rows are multiplied with weights that are dequantized a c
 Elsewhere there is no kernel, and the dtype of x is computed in.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from omnispeech.layers.packing import QuantizedWeight
+from omnispeech.layers.quantized_weight import Form
 from omnispeech.layers.reference_matmul import multiply_in_shares
 
 # Up to here torch's kernel wins: measured, 3072 x 4096 on one core of an EPYC 9004, in groups of
@@ -32,9 +35,19 @@ class Int8Matmul(nn.Module):
         groups = weight.scales.shape[1]
         codes = (weight.codes.to(device) ^ 128).view(torch.int8)  # code - 128
         codes = codes.view(n, groups, k // groups).transpose(0, 1).contiguous()
-        self.register_buffer("codes", codes, persistent=False)
-        scales = weight.scales.to(device).t().contiguous()
-        self.register_buffer("scales", scales, persistent=False)
+        self._hold({"codes": codes, "scales": weight.scales.to(device).t().contiguous()})
+
+    @classmethod
+    def restore(cls, form: Form, buffers: Mapping[str, Tensor]) -> "Int8Matmul":
+        """From the buffers of one that was built."""
+        matmul = cls.__new__(cls)
+        nn.Module.__init__(matmul)
+        matmul._hold(buffers)
+        return matmul
+
+    def _hold(self, buffers: Mapping[str, Tensor]) -> None:
+        self.register_buffer("codes", buffers["codes"], persistent=False)
+        self.register_buffer("scales", buffers["scales"], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":

@@ -4,6 +4,7 @@ The weight is repacked into the form of its kernel, and only that form stays in 
 """
 
 import re
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from omnispeech.layers import int4_matmul, int8_matmul
 from omnispeech.layers.int4_matmul import Int4Matmul
 from omnispeech.layers.int8_matmul import Int8Matmul
 from omnispeech.layers.packing import QuantizedWeight
+from omnispeech.layers.quantized_weight import Form
 from omnispeech.layers.reference_matmul import ReferenceMatmul
 
 Salient = tuple[Tensor, Tensor, Tensor]  # columns [S], int8 residuals [N, S], scales [S]
@@ -37,6 +39,11 @@ FOREIGN = {
     "ipex": "intel_extension_for_pytorch",
     "gemlite": "gemlite",
 }
+
+
+MATMULS = {matmul.name: matmul for matmul in (Int4Matmul, Int8Matmul, ReferenceMatmul)}
+MATMUL = "matmul."  # in front of the buffers of the multiplication
+SALIENT = ("salient_columns", "salient_residual", "salient_scales")
 
 
 class Matmul(Protocol):
@@ -78,7 +85,7 @@ class QuantizedLinear(nn.Module):
         Raises ConfigError for a kernel that is not here.
         """
         super().__init__()
-        self.out_features, self.in_features = weight.codes.shape
+        self.form = Form.of(weight)
         device = torch.device(device)
         order, weight = _in_groups(weight)
         matmul, self.kernel_name = _build(weight, device, known_kernel(kernel))
@@ -86,6 +93,28 @@ class QuantizedLinear(nn.Module):
         self._keep("order", None if order is None else order.to(device))
         self._keep("bias", None if bias is None else bias.to(device, dtype))
         self._keep_salient(salient, device)
+
+    @classmethod
+    def restore(
+        cls, form: Form, kernel_name: str, buffers: Mapping[str, Tensor]
+    ) -> "QuantizedLinear":
+        """The layer whose `named_buffers` these are, on their device; nothing is repacked."""
+        linear = cls.__new__(cls)
+        nn.Module.__init__(linear)
+        linear.form, linear.kernel_name = form, kernel_name
+        inner = {n.removeprefix(MATMUL): b for n, b in buffers.items() if n.startswith(MATMUL)}
+        linear.matmul = MATMULS[kernel_name.partition(":")[0]].restore(form, inner)
+        for name in ("order", "bias", *SALIENT):
+            linear._keep(name, buffers.get(name))
+        return linear
+
+    @property
+    def in_features(self) -> int:
+        return self.form.columns
+
+    @property
+    def out_features(self) -> int:
+        return self.form.rows
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.matmul(x if self.order is None else x[:, self.order])
@@ -112,7 +141,8 @@ class QuantizedLinear(nn.Module):
 
     def _keep_salient(self, salient: Salient | None, device: torch.device) -> None:
         if salient is None:
-            self.salient_columns = None
+            for name in SALIENT:
+                self._keep(name, None)
             return
         columns, residual, scales = salient
         if residual.shape != (self.out_features, len(columns)) or scales.shape != columns.shape:

@@ -35,6 +35,25 @@ class QuantizedWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """Of a weight, what the tensors that a kernel keeps of it do not tell by themselves."""
+
+    rows: int
+    columns: int
+    bits: int
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight) -> "Form":
+        rows, columns = weight.codes.shape
+        return cls(rows, columns, weight.bits)
+
+    @property
+    def joined(self) -> bool:
+        """Whether the reference keeps two codes in each byte."""
+        return self.bits == 4 and self.columns % 2 == 0
+
+
+@dataclass(frozen=True, slots=True)
 class Scheme:
     """How the linears of a checkpoint are stored.
 

@@ -1,12 +1,13 @@
 """Dequantize and multiply, in plain torch: what every kernel is compared with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omnispeech.layers.packing import QuantizedWeight, join_fields, split_fields
+from omnispeech.layers.quantized_weight import Form
 
 # Weights dequantized at a time. On a CPU they stay in its cache, which is worth a factor of 20.
 SHARE = {"cpu": 2**20}
@@ -24,16 +25,29 @@ class ReferenceMatmul(nn.Module):
 
     def __init__(self, weight: QuantizedWeight, device: torch.device) -> None:
         super().__init__()
-        self.bits = weight.bits
-        self.rows, columns = weight.codes.shape
-        self.joined = weight.bits == 4 and columns % 2 == 0
+        form = Form.of(weight)
         codes = weight.codes.to(device)
-        codes = join_fields(codes, 4, torch.uint8) if self.joined else codes
-        self.register_buffer("codes", codes, persistent=False)
-        self.register_buffer("zeros", weight.zeros.to(device), persistent=False)
-        self.register_buffer("scales", weight.scales.to(device), persistent=False)
-        group_of = None if weight.group_of is None else weight.group_of.to(device)
-        self.register_buffer("group_of", group_of, persistent=False)
+        buffers = {
+            "codes": join_fields(codes, 4, torch.uint8) if form.joined else codes,
+            "zeros": weight.zeros.to(device),
+            "scales": weight.scales.to(device),
+        }
+        if weight.group_of is not None:
+            buffers["group_of"] = weight.group_of.to(device)
+        self._hold(form, buffers)
+
+    @classmethod
+    def restore(cls, form: Form, buffers: Mapping[str, Tensor]) -> "ReferenceMatmul":
+        """From the buffers of one that was built."""
+        matmul = cls.__new__(cls)
+        nn.Module.__init__(matmul)
+        matmul._hold(form, buffers)
+        return matmul
+
+    def _hold(self, form: Form, buffers: Mapping[str, Tensor]) -> None:
+        self.bits, self.rows, self.joined = form.bits, form.rows, form.joined
+        for name in ("codes", "zeros", "scales", "group_of"):
+            self.register_buffer(name, buffers.get(name), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return multiply_in_shares(x, self._rows, self.rows)

@@ -11,12 +11,13 @@ from omnispeech.errors import CheckpointError, RequestError
 from omnispeech.models.adapter import Adapter, AdapterConfig
 from omnispeech.models.qwen3 import CausalLM, Qwen3Config
 from omnispeech.models.speech_lm import SpeechLM
-from omnispeech.models.whisper import ENCODERS, EncoderConfig
+from omnispeech.models.wavlm import WavLMConfig, WavLMEncoder
+from omnispeech.models.whisper import ENCODERS, EncoderConfig, WhisperEncoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OmniSpeechConfig:
-    audio_encoder: EncoderConfig
+    audio_encoder: EncoderConfig | WavLMConfig
     llm: Qwen3Config
     tts_lm: Qwen3Config
     conv_kernel_sizes: tuple[int, ...]
@@ -29,7 +30,7 @@ class OmniSpeechConfig:
         """From a composite config.json, which has no model_type and leaves defaults out."""
         text_span, unit_span = _numbers(raw, "interleave_strategy", "1:2", ":", 2)
         return cls(
-            audio_encoder=EncoderConfig.from_dict(_nested(raw, "audio_encoder_config")),
+            audio_encoder=_audio_encoder(_nested(raw, "audio_encoder_config")),
             llm=Qwen3Config.from_dict(_nested(raw, "llm_config")),
             tts_lm=Qwen3Config.from_dict(_nested(raw, "tts_lm_config")),
             conv_kernel_sizes=_numbers(raw, "conv_kernel_sizes", "5,5", ",", None),
@@ -46,6 +47,17 @@ class OmniSpeechConfig:
             inner_dim=self.adapter_inner_dim,
             kernel_sizes=self.conv_kernel_sizes,
         )
+
+
+def _audio_encoder(raw: Mapping[str, Any]) -> EncoderConfig | WavLMConfig:
+    known = WavLMConfig if raw.get("model_type") == WavLMConfig.model_type else EncoderConfig
+    return known.from_dict(raw)
+
+
+def build_encoder(config: EncoderConfig | WavLMConfig) -> WhisperEncoder | WavLMEncoder:
+    if isinstance(config, WavLMConfig):
+        return WavLMEncoder(config)
+    return ENCODERS[config.model_type](config)
 
 
 def _nested(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -73,7 +85,7 @@ class OmniSpeech(nn.Module):
     def __init__(self, config: OmniSpeechConfig) -> None:
         super().__init__()
         self.config = config
-        self.audio_encoder_model = ENCODERS[config.audio_encoder.model_type](config.audio_encoder)
+        self.audio_encoder_model = build_encoder(config.audio_encoder)
         self.audio_adapter = Adapter(config.adapter)
         self.llm_model = CausalLM(config.llm)
         self.llm2tts = nn.Linear(config.llm.hidden_size, config.tts_lm.hidden_size, bias=False)
@@ -81,17 +93,16 @@ class OmniSpeech(nn.Module):
         self.tts_lm_model = SpeechLM(config.tts_lm)
 
     def embed_audio(
-        self, mel_per_audio: Sequence[Tensor], valid_frames: Sequence[int], *, batch_rule: bool
+        self, features: Sequence[Tensor], valid_frames: Sequence[int], *, batch_rule: bool
     ) -> list[Tensor]:
-        """[M, T] and the valid part of T, of each audio -> [T', H] of each.
+        """[..., T] and the valid part of T, of each audio -> [T', H] of each.
 
         `batch_rule`: as the original, where the last vector of an audio depends on the longest
         audio of the request. Without it every audio is embedded as if it were alone.
         """
         encoder = self.audio_encoder_model
         frames = [
-            encoder.encode(mel, valid)
-            for mel, valid in zip(mel_per_audio, valid_frames, strict=True)
+            encoder.encode(clip, valid) for clip, valid in zip(features, valid_frames, strict=True)
         ]
         lengths = [encoder.output_length(valid) for valid in valid_frames]
         return self.adapt_audio(frames, lengths, batch_rule=batch_rule)

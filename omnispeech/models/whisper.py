@@ -50,7 +50,7 @@ class EncoderConfig:
         model_type = raw.get("model_type", "qwen2_audio_encoder")
         if model_type not in ENCODERS:
             raise CheckpointError(
-                f"unknown audio encoder {model_type!r}; known: {', '.join(ENCODERS)}"
+                f"unknown audio encoder {model_type!r}; known: {', '.join([*ENCODERS, 'wavlm'])}"
             )
         # A whole Qwen2-Audio config keeps the settings of its encoder one level deeper.
         settings = raw.get("audio_config", raw) | {"model_type": model_type}

@@ -123,7 +123,7 @@ def generate(
         request=UNUSED,
         rules=rules,
         prompt=ids,
-        mels=[],
+        features=[],
         valid_frames=[],
         audio_lengths=[],
         key=list(range(len(prompt))),

@@ -10,9 +10,17 @@ from types import TracebackType
 
 import torch
 
+from omnispeech.checkpoint.files import size_text
+from omnispeech.errors import ConfigError
+
 PAGE = os.sysconf("SC_PAGE_SIZE")
 M_MMAP_THRESHOLD = -3  # of mallopt in glibc
 UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2 ** 63 for "no limit"
+FOREIGN = 1 << 30  # bytes; the libraries of this process take less
+STOP_OTHERS = (
+    "stop them, which for the server in the container `./build_and_run.sh --quantize` does and "
+    "starts it again afterwards, or use --device cpu"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +116,29 @@ def _cuda_in_use() -> bool:
 
 def _malloc_trim() -> Callable[[int], int] | None:
     return getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken: of the GPU, or of the machine where `device` is its CPU."""
+    return _device_memory(device)[0] if device.type == "cuda" else available_memory()
+
+
+def freeing_advice(device: torch.device) -> str:
+    """How to get more room on a CUDA device: who else holds how much of it."""
+    free, total = _device_memory(device)
+    held = total - free - torch.cuda.memory_reserved(device)
+    if held < FOREIGN:
+        return "use --device cpu"
+    return f"other processes hold {size_text(held)} of its {size_text(total)}; {STOP_OTHERS}"
+
+
+def _device_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes free and in all; raises ConfigError where others leave none to ask with."""
+    try:
+        return torch.cuda.mem_get_info(device)
+    except RuntimeError as exc:
+        reason = str(exc).partition("\n")[0]
+        raise ConfigError(f"{device} cannot be used ({reason}); {STOP_OTHERS}") from exc
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

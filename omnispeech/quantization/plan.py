@@ -17,7 +17,12 @@ from omnispeech.checkpoint.files import size_text
 from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.layers.packing import Scheme, packed_dtypes, packed_shapes
-from omnispeech.quantization.memory import available_memory, resident_memory
+from omnispeech.quantization.memory import (
+    available_memory,
+    free_memory,
+    freeing_advice,
+    resident_memory,
+)
 from omnispeech.quantization.methods.layer_quantizer import TRIAL_TOKENS
 from omnispeech.quantization.methods.settings import GROUP_SIZES, MethodSettings
 from omnispeech.quantization.progress import duration
@@ -128,8 +133,8 @@ def make_plan(
     host, on_device = _memory(source, work, method, settings)
     needs = [Need("memory", host, available_memory()), _disk(sizes, source, work, output)]
     if device.type == "cuda":
-        needs.append(Need("device memory", on_device, torch.cuda.mem_get_info(device)[0]))
-    _refuse_what_does_not_fit(needs)
+        needs.append(Need("device memory", on_device, free_memory(device)))
+    _refuse_what_does_not_fit(needs, device)
     return Plan(
         conversion=conversion,
         layers=source.config.num_hidden_layers,
@@ -305,13 +310,16 @@ def _disk(sizes: _Sizes, source: LanguageFiles, work: Work, output: Path) -> Nee
     return Need("disk", max(0, total - there), shutil.disk_usage(folder).free)
 
 
-def _refuse_what_does_not_fit(needs: Sequence[Need]) -> None:
-    advice = {
-        "memory": "use fewer calibration tokens (--max-tokens) or a smaller --batch-tokens",
-        "device memory": "use a smaller --batch-tokens, or --device cpu",
-        "disk": "make room, or name an output on another disk",
-    }
-    short = [f"{need}: {advice[need.what]}" for need in needs if need.size > need.available]
+def _refuse_what_does_not_fit(needs: Sequence[Need], device: torch.device) -> None:
+    def advice(what: str) -> str:
+        if what == "device memory":
+            return f"{freeing_advice(device)}, or a smaller --batch-tokens"
+        return {
+            "memory": "use fewer calibration tokens (--max-tokens) or a smaller --batch-tokens",
+            "disk": "make room, or name an output on another disk",
+        }[what]
+
+    short = [f"{need}: {advice(need.what)}" for need in needs if need.size > need.available]
     if short:
         raise ConfigError("there is not enough room; needed: " + "; ".join(short))
 

@@ -31,6 +31,9 @@ SIGNATURE, STREAMS, RESULT = "signature.json", "streams.safetensors", "result"
 UNREADABLE = {  # entries of a signature that mean nothing to a reader
     "calibration": "the calibration data differ (--calib, --seq_len, --max-tokens)",
     "source": "the model is not the same, or its files have changed",
+    "data": "the audio, or how it is divided, differs (--data, --hold-out, --seed)",
+    "sources.encoder": "the audio encoder of OpenS2S is not the same, or its files have changed",
+    "sources.wavlm": "WavLM is not the same, or its files have changed",
 }
 
 
@@ -87,7 +90,7 @@ class WorkDirectory:
 
     def save_layer(self, index: int, tensors: Mapping[str, Tensor], record: Any) -> None:
         """Finished only when `save_streams` counts it."""
-        _write_tensors(self.layer_file(index), tensors)
+        write_tensors(self.layer_file(index), tensors)
         write_json(self.record_file(index), record)
 
     def salient_file(self, index: int) -> Path:
@@ -95,7 +98,7 @@ class WorkDirectory:
 
     def save_salient(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """What lies beside the model, where the method was asked for it."""
-        _write_tensors(self.salient_file(index), tensors)
+        write_tensors(self.salient_file(index), tensors)
 
     def records(self, count: int) -> list[dict[str, Any]]:
         return [read_json(self.record_file(i)) for i in range(count)]
@@ -107,7 +110,7 @@ class WorkDirectory:
             for i, tensor in enumerate(getattr(streams, kind))
         }
         metadata = {"done": str(streams.done), "batch_tokens": str(streams.batch_tokens)}
-        _write_tensors(self.path / STREAMS, tensors, metadata)
+        write_tensors(self.path / STREAMS, tensors, metadata)
         sync_directory(self.path)
 
     def streams(self) -> Streams | None:
@@ -240,7 +243,7 @@ def full_disk_is_an_error(path: Path) -> Iterator[None]:
             raise
         raise CheckpointError(
             f"no room is left on the disk of {path} ({exc.strerror}); make room and start the same "
-            "command again, finished layers are kept"
+            "command again, what is finished is kept"
         ) from exc
 
 
@@ -271,9 +274,10 @@ def _empty(path: Path) -> None:
             child.unlink()
 
 
-def _write_tensors(
+def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
+    """The file appears whole."""
     layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
     def write(target: Path) -> None:

@@ -14,9 +14,11 @@ from omnispeech.calibration.samples import Calibration, text_calibration
 from omnispeech.calibration.tokens import TextTokens
 from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.checkpoint.models_directory import choose_sources
+from omnispeech.checkpoint.sizes import encoder_size, models_size
+from omnispeech.checkpoint.weight_plan import Target
 from omnispeech.errors import ConfigError
 from omnispeech.quantize_cli.choices import Calibrate
-from omnispeech.quantize_cli.room import encoder_size, models_size, require_room
+from omnispeech.quantize_cli.room import require_room
 from omnispeech.speech_calibration import speech_calibration, speech_lm_calibration
 
 
@@ -53,7 +55,7 @@ def of_llm(source: LanguageFiles, choice: Calibrate) -> Calibrator:
         return of_text_model(source, choice)
 
     def check(device: torch.device) -> None:
-        size = encoder_size(source.directory, choose_dtype("auto", device))
+        size = encoder_size(source.directory, Target(device, choose_dtype("auto", device)))
         require_room("the audio encoder and its adapter", size, device)
 
     def listen(device: torch.device) -> Calibration:
@@ -77,7 +79,7 @@ def of_speech_lm(models: Path, choice: Calibrate) -> Calibrator:
     sources = choose_sources(models)
 
     def check(device: torch.device) -> None:
-        size = models_size(sources, choose_dtype("auto", device))
+        size = models_size(sources, Target(device, choose_dtype("auto", device)))
         require_room("all models of a conversation", size, device)
 
     def listen(device: torch.device) -> Calibration:

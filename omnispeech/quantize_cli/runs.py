@@ -29,8 +29,8 @@ from omnispeech.quantize_cli.remarks import remarks
 from omnispeech.quantize_cli.streams import say
 
 FETCH = (
-    "point --models or OMNISPEECH_MODELS at a models directory, fetch one: hf download "
-    "CASIA-LM/OpenS2S --local-dir {0}/OpenS2S, or make a small random one: omnispeech tiny {0}"
+    "point --models or OMNISPEECH_MODELS at a models directory, bring it with: omnispeech fetch "
+    "OpenS2S --models {0}, or make a small random one: omnispeech tiny {0}"
 )
 RESTART = "docker restart opens2s-server (without Docker: start model_worker.py again)"
 OUTLIERS = "outlier.json"  # of --max_quality, in the result

@@ -5,28 +5,38 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry
 
 import omnispeech
 from omnispeech.config import ServerConfig
 from omnispeech.engine.events import EngineStatus, SpeechEngine
 from omnispeech.errors import NotReady
+from omnispeech.server.admission import STOPPING, Admission
 from omnispeech.server.limits import BodyLimit
 from omnispeech.server.live import live_routes
+from omnispeech.server.metrics import Replies, metrics_routes
 from omnispeech.server.refusal import add_error_handlers, error_body, retry_after
 from omnispeech.server.speech import speech_routes
 from omnispeech.server.stream_infer import stream_infer_routes
 from omnispeech.server.worker_api import worker_routes
 
+LOADING = "the models are still being loaded; try again later"
+
 
 def create_app(engine: SpeechEngine, config: ServerConfig) -> FastAPI:
+    """`app.state.admission` lets whoever runs the app stop it without cutting a reply."""
     # the pages that FastAPI would make load scripts from elsewhere
     app = FastAPI(title="omnispeech", version=omnispeech.__version__, docs_url=None, redoc_url=None)
     app.add_middleware(BodyLimit, max_mb=config.max_body_mb)
     add_error_handlers(app)
-    app.include_router(worker_routes(engine, config))
-    app.include_router(live_routes(engine))
-    app.include_router(stream_infer_routes(engine))
-    app.include_router(speech_routes(engine, config))
+    registry = CollectorRegistry()
+    admission = Admission(engine, Replies(registry).ended)
+    app.state.admission = admission
+    app.include_router(worker_routes(admission, config))
+    app.include_router(live_routes(admission))
+    app.include_router(stream_infer_routes(admission))
+    app.include_router(speech_routes(admission, config))
+    app.include_router(metrics_routes(admission, registry))
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")
@@ -37,12 +47,13 @@ def create_app(engine: SpeechEngine, config: ServerConfig) -> FastAPI:
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready")
     async def ready() -> JSONResponse:
-        return readiness(engine.status())
+        return readiness(admission)
 
     return app
 
 
-def readiness(status: EngineStatus) -> JSONResponse:
+def readiness(admission: Admission) -> JSONResponse:
+    status = admission.status()
     figures: dict[str, Any] = {
         "running": status.running,
         "waiting": status.waiting,
@@ -50,9 +61,16 @@ def readiness(status: EngineStatus) -> JSONResponse:
         "max_waiting": status.max_waiting,
         "phases": {name: asdict(phase) for name, phase in status.phases.items()},
     }
-    if status.ready:
+    if admission.ready:
         return JSONResponse({"status": "ready", **figures})
-    error = NotReady(status.failure or "the models are still being loaded; try again later")
-    name = "failed" if status.failure else "loading"
+    name, reason = hindrance(status, admission.stopping)
+    error = NotReady(reason)
     body = {"status": name, **error_body(error), **figures}
     return JSONResponse(body, error.status, retry_after(error))
+
+
+def hindrance(status: EngineStatus, stopping: bool) -> tuple[str, str]:
+    """Why nothing is taken: a word for it, and a sentence."""
+    if status.failure:
+        return "failed", status.failure
+    return ("stopping", STOPPING) if stopping else ("loading", LOADING)

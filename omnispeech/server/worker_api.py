@@ -4,13 +4,15 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 from fastapi import APIRouter, Request, Response
 
 from omnispeech.audio.io import encode_wav
 from omnispeech.config import ServerConfig
-from omnispeech.engine.events import AudioDelta, Done, SpeechEngine
+from omnispeech.engine.events import AudioDelta, Done
 from omnispeech.errors import OmniSpeechError, Unavailable
+from omnispeech.server.admission import Admission
 from omnispeech.server.protocol import parse_worker_request
 from omnispeech.server.refusal import retry_after
 from omnispeech.server.reply import STREAM_HEADERS, Reply, ReplyResponse, begin
@@ -20,7 +22,21 @@ MEDIA_TYPE = "application/octet-stream"
 ERROR_TEXT = "**NETWORK ERROR DUE TO HIGH TRAFFIC. PLEASE REGENERATE OR REFRESH THIS PAGE.**"
 
 
-def worker_routes(engine: SpeechEngine, config: ServerConfig) -> APIRouter:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStatus:
+    model_names: list[str]  # empty: a controller gives this worker no requests
+    queue_length: int
+    speed: int = 1
+
+
+def worker_status(engine: Admission, config: ServerConfig) -> WorkerStatus:
+    """Those who talk and those who wait; no model while none can be served."""
+    status = engine.status()
+    names = [config.model_name] if engine.ready else []
+    return WorkerStatus(model_names=names, queue_length=status.running + status.waiting)
+
+
+def worker_routes(engine: Admission, config: ServerConfig) -> APIRouter:
     router = APIRouter()
 
     @router.post("/worker_generate_stream")
@@ -34,10 +50,8 @@ def worker_routes(engine: SpeechEngine, config: ServerConfig) -> APIRouter:
         return ReplyResponse(objects(reply, engine.sample_rate_hz), reply, MEDIA_TYPE)
 
     @router.post("/worker_get_status")
-    async def get_status() -> dict[str, object]:
-        status = engine.status()
-        queue_length = status.running + status.waiting
-        return {"model_names": [config.model_name], "speed": 1, "queue_length": queue_length}
+    async def get_status() -> WorkerStatus:
+        return worker_status(engine, config)
 
     return router
 

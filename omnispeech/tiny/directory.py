@@ -5,16 +5,21 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.errors import CheckpointError
 from omnispeech.tiny.decoder import write_decoder
 from omnispeech.tiny.opens2s import write_opens2s
 from omnispeech.tiny.shape import TinyShape
+from omnispeech.tiny.wavlm import write_wavlm
 
-OPENS2S, DECODER = "OpenS2S", "glm-4-voice-decoder"
+OPENS2S, DECODER, WAVLM = "OpenS2S", "glm-4-voice-decoder", "wavlm-base-plus"
 
 
-def write_tiny(directory: Path, seed: int = 0, shape: TinyShape | None = None) -> None:
-    """`directory/OpenS2S` and `directory/glm-4-voice-decoder`, both whole or not there.
+def write_tiny(
+    directory: Path, seed: int = 0, shape: TinyShape | None = None, *, wavlm: bool = False
+) -> list[str]:
+    """`directory/OpenS2S`, `directory/glm-4-voice-decoder` and, if asked for,
+    `directory/wavlm-base-plus`, each whole or not there -> their names.
 
     The same seed and shape give the same bytes.
     """
@@ -23,6 +28,8 @@ def write_tiny(directory: Path, seed: int = 0, shape: TinyShape | None = None) -
         OPENS2S: lambda path: write_opens2s(path, seed, shape),
         DECODER: lambda path: write_decoder(path, seed, shape.decoder, shape.units),
     }
+    if wavlm:
+        writers[WAVLM] = lambda path: write_wavlm(path, seed, shape.wavlm)
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is not a directory")
     for name in writers:
@@ -36,9 +43,11 @@ def write_tiny(directory: Path, seed: int = 0, shape: TinyShape | None = None) -
             _sync(partial[name])
         for name, path in partial.items():
             os.replace(path, directory / name)
+            Manifest(directory).enter(name, {"by": "omnispeech tiny", "seed": seed})
     finally:
         for path in partial.values():
             shutil.rmtree(path, ignore_errors=True)
+    return list(writers)
 
 
 def _refuse_occupied(path: Path) -> None:

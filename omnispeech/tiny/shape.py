@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from omnispeech.tiny.decoder import DecoderShape
+from omnispeech.tiny.wavlm import WavLMShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,7 @@ class TinyShape:
     llm: LanguageShape = LanguageShape(hidden=128, inner=256, head_width=32)
     speech: LanguageShape = LanguageShape(hidden=128, inner=128, heads=8, head_width=32)
     decoder: DecoderShape = field(default_factory=DecoderShape)
+    wavlm: WavLMShape = field(default_factory=WavLMShape)
     merges: int = 300  # of the text tokenizer
     units: int = 512
     shards: int = 2

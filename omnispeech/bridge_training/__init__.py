@@ -1,0 +1,1 @@
+"""Fits the layers between WavLM and a checkpoint made for another audio encoder, without labels."""

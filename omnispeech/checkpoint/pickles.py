@@ -1,0 +1,91 @@
+"""Published pickles: read as tensors alone, converted once to `.safetensors` beside them."""
+
+import logging
+import pickle
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from omnispeech.checkpoint.files import replace_file
+from omnispeech.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def is_current(converted: Path, pickled: Path) -> bool:
+    """Whether the conversion is there and was made from the pickle as it is now.
+
+    Size and time of change tell: a hash would mean reading half a gigabyte at every start.
+    """
+    if not converted.exists():
+        return False
+    if not pickled.exists():
+        return True
+    return _metadata(converted) == _stamp(pickled)
+
+
+def _stamp(pickled: Path) -> dict[str, str]:
+    status = pickled.stat()
+    return {"source_size": str(status.st_size), "source_mtime_ns": str(status.st_mtime_ns)}
+
+
+def _metadata(converted: Path) -> dict[str, str]:
+    try:
+        with safe_open(converted, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as exc:
+        raise _damaged(converted, exc) from exc
+
+
+def read_conversion(converted: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(converted)
+    except SafetensorError as exc:
+        raise _damaged(converted, exc) from exc
+
+
+def _damaged(converted: Path, exc: Exception) -> CheckpointError:
+    return CheckpointError(f"{converted} is damaged ({exc}); delete it and start again")
+
+
+def write_conversion(converted: Path, weights: dict[str, Tensor], pickled: Path) -> None:
+    def write(path: Path) -> None:
+        save_file(weights, path, _stamp(pickled))
+        shutil.copymode(pickled, path)  # save_file makes it private to this user
+
+    try:
+        replace_file(converted, write)
+        logger.info("converted %s", converted)
+    except (OSError, SafetensorError) as exc:
+        logger.warning(
+            "%s cannot be written (%s): %s is converted again at every start",
+            converted,
+            exc,
+            pickled.name,
+        )
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `torch.save`d dictionary. Nothing else in the file is ever executed."""
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as exc:
+        raise CheckpointError(f"{path} does not exist") from exc
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as exc:
+        raise CheckpointError(
+            f"{path} is damaged, or holds more than tensors (never executed): {_first_line(exc)}"
+        ) from exc
+    if not isinstance(weights, Mapping):
+        raise CheckpointError(f"{path} holds a {type(weights).__name__} and no named tensors")
+    if wrong := [name for name, value in weights.items() if not isinstance(value, Tensor)]:
+        raise CheckpointError(f"{path}: {wrong[0]!r} is no tensor")
+    return dict(weights)
+
+
+def _first_line(exc: Exception) -> str:
+    return str(exc).strip().partition("\n")[0]

@@ -1,0 +1,26 @@
+"""`omnispeech doctor`: what a start would do here."""
+
+import argparse
+import sys
+
+from omnispeech.commands import serve
+from omnispeech.config import HubConfig, build_config, read_config_file
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    serve.add_arguments(parser)  # those of the start that is asked about
+    serve.add_settings(parser.add_argument_group("hub"), HubConfig)
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="findings for scripts")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0: a start would succeed, 1: it would not."""
+    from omnispeech.deployment.doctor import examine
+    from omnispeech.deployment.findings import as_json, as_text, good
+    from omnispeech.service import read_settings
+
+    hub = build_config(HubConfig, vars(args), read_config_file(args.config) if args.config else {})
+    findings = examine(read_settings(vars(args), args.config), hub)
+    sys.stdout.write(f"{as_json(findings)}\n" if args.json else as_text(findings))
+    return 0 if good(findings) else 1

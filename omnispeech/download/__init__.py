@@ -1,0 +1,1 @@
+"""Brings models from a hub into a models directory, whole and verified."""

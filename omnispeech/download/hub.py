@@ -1,0 +1,205 @@
+"""The hub as `huggingface_hub` speaks to it: what a repository holds, and the bytes of a file."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import PurePosixPath
+from typing import Any
+
+from huggingface_hub import HfApi, constants, get_session, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    build_hf_headers,
+    hf_raise_for_status,
+)
+
+from omnispeech.download.models import Model
+from omnispeech.errors import CheckpointError, ConfigError, OmniSpeechError, Unavailable
+
+TRUE = ("1", "on", "yes", "true")
+PASSING = (408, 425, 429)  # and 500 to 599: another attempt may succeed
+
+# the error above that of a status: httpx.HTTPError, whichever httpx the library is built on
+TransportFailure: type[Exception] = HfHubHTTPError.__bases__[0]
+FAILURES = (TransportFailure, OfflineModeIsEnabled)
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    path: str  # in the repository, with forward slashes
+    size: int
+    blob_id: str  # git's SHA-1 of the content; of a large file, of the pointer to it
+    sha256: str | None  # of the content of a large file
+
+    @property
+    def hash(self) -> str:
+        """What the content is verified against."""
+        return self.sha256 or self.blob_id
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files of a model at one commit."""
+
+    model: Model
+    commit: str
+    files: tuple[HubFile, ...]
+
+    @property
+    def made(self) -> dict[str, str]:
+        """Of the manifest."""
+        model = self.model
+        return {
+            "by": "omnispeech fetch",
+            "repo": model.repo,
+            "revision": model.revision,
+            "commit": self.commit,
+        }
+
+
+class Hub:
+    def __init__(self, endpoint: str = "") -> None:
+        """endpoint: else HF_ENDPOINT, else the hub of the library. The token is the library's:
+        HF_TOKEN, else that of `hf auth login`; it goes to the endpoint and nowhere else."""
+        chosen = endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+        self.endpoint = chosen.rstrip("/")
+        self._api = HfApi(endpoint=self.endpoint)
+
+    def listing(self, model: Model, commit: str = "") -> Listing:
+        """The files of `model` at `commit`, else at the one that its revision names now.
+
+        Raises ConfigError for a repository that is another model; FAILURES as they come.
+        """
+        try:
+            info = self._api.model_info(
+                model.repo,
+                revision=commit or model.revision,
+                files_metadata=True,
+                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            )
+            files = tuple(_file(sibling) for sibling in info.siblings or ())
+        except HFValidationError as exc:
+            raise ConfigError(f"{model.repo!r} is no name of a repository: {exc}") from exc
+        except FAILURES:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as exc:
+            raise ConfigError(
+                f"{self.endpoint} does not answer as a hub ({exc!r}); check HF_ENDPOINT"
+            ) from exc
+        return _wanted(model, info.sha or "", files)
+
+    @contextmanager
+    def read(
+        self, listing: Listing, file: HubFile, start: int
+    ) -> Iterator[tuple[int, Iterator[bytes]]]:
+        """Where the bytes begin, at `start` or at 0, and the bytes; FAILURES as they come."""
+        url = hf_hub_url(
+            listing.model.repo, file.path, revision=listing.commit, endpoint=self.endpoint
+        )
+        # the bytes that were hashed, not a compressed copy of them
+        headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+            hf_raise_for_status(response)
+            yield start if response.status_code == 206 else 0, response.iter_bytes()
+
+    def passes(self, error: Exception) -> bool:
+        """Whether another attempt may succeed."""
+        if isinstance(error, OfflineModeIsEnabled):
+            return False
+        status = _status(error)
+        return status is None or status in PASSING or status >= 500
+
+    def refusal(self, error: Exception, model: Model) -> OmniSpeechError:
+        """What `error` means for whoever asked for `model`, and what to do."""
+        status, name = _status(error), model.name
+        what = f"{model.repo} at {self.endpoint}"
+        if isinstance(error, OfflineModeIsEnabled):
+            return offline(name)
+        if status == 401:
+            return ConfigError(
+                f"{what} is not given to this user (401): set HF_TOKEN to a token that is valid "
+                f"and may read it, and check the name of the repository ({_setting(model)})"
+            )
+        if status == 403:
+            return ConfigError(
+                f"{what} is not open to this token (403): accept the terms on its page, or set "
+                "HF_TOKEN to a token of an account that may read it"
+            )
+        if status == 404:
+            return ConfigError(
+                f"{what} is not there, or not its revision {model.revision!r} (404): check "
+                f"{_setting(model)}; a private repository needs HF_TOKEN"
+            )
+        if status is None or self.passes(error):
+            return Unavailable(f"{what} cannot be fetched: {reason(error)}")
+        return ConfigError(f"{what} was refused: {reason(error)}")
+
+
+def offline_mode() -> bool:
+    """HF_HUB_OFFLINE, as it was when the library was imported or as it is now."""
+    return constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE
+
+
+def offline(name: str) -> Unavailable:
+    return Unavailable(
+        f"{name} has to be fetched, and HF_HUB_OFFLINE is set: unset it, or copy the directory "
+        "from another machine"
+    )
+
+
+def reason(error: Exception) -> str:
+    """One line, without the request: its headers hold the token."""
+    status = _status(error)
+    if status is not None:
+        return f"the hub answered with status {status}"
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def retry_after_s(error: Exception) -> float:
+    """Seconds that the hub asks to wait; 0 if it does not, or in a date."""
+    if not isinstance(error, HfHubHTTPError):
+        return 0.0
+    text = error.response.headers.get("Retry-After", "")
+    return float(text) if text.isdecimal() else 0.0
+
+
+def _status(error: Exception) -> int | None:
+    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+
+
+def _setting(model: Model) -> str:
+    name = {"OpenS2S": "opens2s", "glm-4-voice-decoder": "decoder"}.get(model.name, "wavlm")
+    return f"--{name}-repo {model.repo}, --{name}-revision {model.revision}"
+
+
+def _file(sibling: Any) -> HubFile:
+    path, large = str(sibling.rfilename), sibling.lfs
+    if PurePosixPath(path).is_absolute() or {"..", ""} & set(path.split("/")) or "\\" in path:
+        raise ValueError(f"file name {path!r}")
+    return HubFile(
+        path=path,
+        size=int(large.size if large else sibling.size),
+        blob_id=str(sibling.blob_id),
+        sha256=str(large.sha256) if large else None,
+    )
+
+
+def _wanted(model: Model, commit: str, files: tuple[HubFile, ...]) -> Listing:
+    """Without hidden files: those are the repository's own."""
+    chosen = tuple(
+        file
+        for file in files
+        if not any(part.startswith(".") for part in file.path.split("/"))
+        and any(fnmatch(file.path, pattern) for pattern in model.patterns)
+    )
+    if missing := [path for path in model.needed if path not in {f.path for f in chosen}]:
+        raise CheckpointError(
+            f"{model.repo} at revision {model.revision!r} has no {missing[0]}: it is no "
+            f"{model.name}; check {_setting(model)}"
+        )
+    return Listing(model, commit, chosen)

@@ -1,0 +1,61 @@
+"""What is fetched: one repository becomes one directory of the models directory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from omnispeech.config import HubConfig
+from omnispeech.errors import ConfigError
+
+OPENS2S, DECODER, WAVLM = "OpenS2S", "glm-4-voice-decoder", "wavlm-base-plus"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    name: str  # of the directory
+    repo: str
+    revision: str  # a branch, a tag or a commit
+    patterns: tuple[str, ...]  # of the paths that are fetched, as a shell writes them
+    needed: tuple[str, ...]  # paths without which it is another model
+    size: int  # bytes on disk, about; the exact size is known when the hub was asked
+
+
+def models(hub: HubConfig) -> Mapping[str, Model]:
+    """By the name of the directory, with the repositories and revisions of `hub`."""
+    table = (
+        Model(
+            name=OPENS2S,
+            repo=hub.opens2s_repo,
+            revision=hub.opens2s_revision,
+            patterns=("*",),
+            needed=("config.json", "tokenizer.json", "audio/preprocessor_config.json"),
+            size=22_100_000_000,
+        ),
+        Model(
+            name=DECODER,
+            repo=hub.decoder_repo,
+            revision=hub.decoder_revision,
+            patterns=("config.yaml", "flow.pt", "hift.pt", "LICENSE*", "README.md"),
+            needed=("config.yaml", "flow.pt", "hift.pt"),
+            size=530_000_000,
+        ),
+        Model(
+            name=WAVLM,
+            repo=hub.wavlm_repo,
+            revision=hub.wavlm_revision,
+            patterns=("*.json", "pytorch_model.bin", "model.safetensors", "README.md"),
+            needed=("config.json",),
+            size=378_000_000,
+        ),
+    )
+    return MappingProxyType({model.name: model for model in table})
+
+
+MODELS = models(HubConfig())
+
+
+def known_model(name: str, hub: HubConfig) -> Model:
+    """Raises ConfigError for what is no name of a fetched directory."""
+    if name not in MODELS:
+        raise ConfigError(f"{name!r} is not fetched from a hub; known: {', '.join(MODELS)}")
+    return models(hub)[name]

@@ -1,0 +1,169 @@
+"""What `startup.py` does: the models are brought and checked, then the process is the worker.
+
+A start that finds everything asks no hub, hashes nothing and imports no torch before the worker.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from omnispeech.checkpoint.manifest import Manifest
+from omnispeech.checkpoint.models_directory import (
+    DECODER,
+    EIGHT_BIT,
+    OPENS2S,
+    check,
+    fetch_command,
+    is_there,
+)
+from omnispeech.checkpoint.wavlm_paths import WAVLM, is_wavlm, wavlm_paths
+from omnispeech.commands import serve
+from omnispeech.config import HubConfig, PlaceConfig, build_config, read_config_file
+from omnispeech.download.models import known_model
+from omnispeech.download.present import is_ready
+from omnispeech.logs import log_to_stdout
+from omnispeech.server.door import listen
+from omnispeech.service import Settings, read_settings
+
+logger = logging.getLogger(__name__)
+
+PICKLES = ("flow.pt", "hift.pt")
+REPLACEABLE = ("auto", "awq", "gptq", "8bit")  # --llm with which the 8-bit model is enough
+
+
+def add_arguments(parser: argparse.ArgumentParser, given: Sequence[str], place: Path) -> None:
+    """Those of the worker, and those of a start. place: the directory of model_worker.py."""
+    serve.add_arguments(parser)
+    _add_own(parser)
+    parser.set_defaults(run=partial(start, given=given, place=place))
+
+
+def _add_own(parser: argparse.ArgumentParser) -> None:
+    own = parser.add_argument_group("start")
+    own.add_argument("--once", action="store_true", help="answer one spoken question, then end")
+    serve.add_settings(parser.add_argument_group("hub"), HubConfig)
+
+
+def start(args: argparse.Namespace, *, given: Sequence[str], place: Path) -> int:
+    """Becomes the worker, with the flags of `given` that are its own; gives the status of --once.
+
+    What can be known to be wrong is raised before anything is fetched.
+    """
+    log_to_stdout()
+    settings = read_settings(vars(args), args.config)
+    hub = build_config(HubConfig, vars(args), read_config_file(args.config) if args.config else {})
+    if not args.once:
+        check_port(settings)
+    signal.signal(signal.SIGTERM, _stop)  # process 1 of a container has no default for it
+    models = Path(settings.place.models)
+    prepare(settings, models, hub)
+    command = [sys.executable, str(place / "model_worker.py"), *worker_flags(given)]
+    if args.once:
+        from omnispeech.once import answer_once
+
+        return answer_once(command, place / "examples/question.wav")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(command[0], command)
+
+
+def _stop(number: int, frame: object) -> None:
+    """At once: what was fetched is kept, whenever a start ends."""
+    logger.info("stopped; the next start goes on from here")
+    os._exit(128 + number)
+
+
+def check_port(settings: Settings) -> None:
+    listen(settings.server).close()
+
+
+def worker_flags(given: Sequence[str]) -> list[str]:
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    _add_own(parser)
+    return parser.parse_known_args(list(given))[1]
+
+
+def prepare(settings: Settings, models: Path, hub: HubConfig) -> None:
+    """All models of a start are whole and entered, and the decoder is converted."""
+    base = choose_base(models, settings.place)
+    names = [DECODER] if base == EIGHT_BIT else [OPENS2S, DECODER]
+    bring(names, models, settings.place, hub)
+    if needs_wavlm(models / base, settings.place):
+        bring([WAVLM], models, settings.place, hub)
+        names.append(WAVLM)
+    convert_decoder(models / DECODER)
+    count = len(names) + (base == EIGHT_BIT)
+    logger.info("✅ All %d models are ready!", count)
+
+
+def choose_base(models: Path, place: PlaceConfig) -> str:
+    """The model that a start needs: one that was deleted on purpose is not fetched again."""
+    replaced = place.llm in REPLACEABLE and is_there(models / EIGHT_BIT)
+    if not replaced or is_there(models / OPENS2S):
+        return OPENS2S
+    if EIGHT_BIT in Manifest(models).names():
+        check(Manifest(models), EIGHT_BIT)
+    logger.info("%s is not fetched: %s holds the whole model", OPENS2S, models / EIGHT_BIT)
+    return EIGHT_BIT
+
+
+def needs_wavlm(base: Path, place: PlaceConfig) -> bool:
+    """Whether the audio encoder is a WavLM that the checkpoint itself does not bring."""
+    wanted = place.audio_encoder == "wavlm" or is_wavlm(base)
+    return wanted and wavlm_paths(base.parent, base).body is not None
+
+
+def bring(names: Sequence[str], models: Path, place: PlaceConfig, hub: HubConfig) -> None:
+    """Fetches those of `names` that are not there."""
+    missing = [name for name in names if not is_ready(models / name)]
+    for name in [name for name in Manifest(models).names() if name in names]:
+        tell_origin(models / name, hub)
+    if not missing:
+        return
+    logger.info("to be fetched into %s: %s", models, ", ".join(missing))
+    check_place(place)
+    from omnispeech.download.directory import fetch_all
+
+    fetch_all(missing, models, hub, deep=False)
+
+
+def tell_origin(path: Path, hub: HubConfig) -> None:
+    """Settings that name another repository than the one that is there change nothing by
+    themselves."""
+    model, made = known_model(path.name, hub), Manifest(path.parent).entry(path.name).made
+    there = (made.get("repo", model.repo), made.get("revision", model.revision))
+    if there != (model.repo, model.revision):
+        logger.warning(
+            "%s is from %s, revision %s; for %s, revision %s, as set: %s --update",
+            path,
+            *there,
+            model.repo,
+            model.revision,
+            fetch_command(path.parent, path.name),
+        )
+
+
+def check_place(place: PlaceConfig) -> None:
+    """Raises ConfigError for what the worker would refuse after 22 GB."""
+    from omnispeech.assembly import choose_device, choose_dtype
+    from omnispeech.layers.linear import known_kernel
+
+    choose_dtype(place.dtype, choose_device(place.device))
+    known_kernel(place.kernel)
+
+
+def convert_decoder(directory: Path) -> None:
+    """Once; one that no longer fits its pickle is made again by whoever loads it."""
+    pickles = [directory / name for name in PICKLES if (directory / name).exists()]
+    if all(path.with_suffix(".safetensors").exists() for path in pickles):
+        return
+    if os.access(directory, os.W_OK):
+        from omnispeech.checkpoint.decoder import load_decoder
+
+        logger.info("converting %s", directory)
+        load_decoder(directory)

@@ -1,0 +1,391 @@
+"""`startup.py`: what it brings, what it refuses, and that it becomes the worker."""
+
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from download_models import befall, found
+from hub_server import Hub, serving, wait_until
+
+import omnispeech.startup
+from omnispeech import cli
+from omnispeech.checkpoint.decoder import load_decoder
+from omnispeech.checkpoint.manifest import Manifest
+from omnispeech.checkpoint.models_directory import choose_sources
+from omnispeech.errors import OmniSpeechError
+from omnispeech.tiny.directory import write_tiny
+
+ROOT = Path(__file__).parent.parent
+READY = "✅ All 2 models are ready!"
+NAMES = ("OpenS2S", "glm-4-voice-decoder")
+SHARD = "model-00001-of-00002.safetensors"
+PROGRAMS: list["subprocess.Popen[str]"] = []
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two small models, as they are published."""
+    place = tmp_path_factory.mktemp("published")
+    write_tiny(place)
+    return place
+
+
+@pytest.fixture
+def hub(published: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    for name in [name for name in os.environ if name.startswith(("OMNISPEECH_", "HF_"))]:
+        monkeypatch.delenv(name)
+    repositories = ("CASIA-LM/OpenS2S", "THUDM/glm-4-voice-decoder")
+    files = {repo: found(published / repo.partition("/")[2]) for repo in repositories}
+    with serving(Hub(files)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+@pytest.fixture
+def models(published: Path, tmp_path: Path) -> Path:
+    """Entered, and not converted."""
+    place = tmp_path / "models"
+    shutil.copytree(published, place)
+    return place
+
+
+@pytest.fixture
+def by_hand(models: Path) -> Path:
+    """The same without a manifest, as `cp` or `hf download` leave it."""
+    Manifest(models).path.unlink()
+    return models
+
+
+@pytest.fixture
+def converted(models: Path) -> Path:
+    """With the decoder converted, as after a first start."""
+    load_decoder(models / NAMES[1])
+    return models
+
+
+class Replaced(Exception):
+    """The process would be another one now."""
+
+    @property
+    def command(self) -> list[str]:
+        return list(self.args[0])
+
+
+def become(path: str, command: list[str]) -> None:
+    raise Replaced(command)
+
+
+def start(models: Path, *flags: str, caplog: pytest.LogCaptureFixture | None = None) -> list[str]:
+    """The command that the process becomes; OmniSpeechError where it refuses."""
+    parser = cli.argparse.ArgumentParser(allow_abbrev=False)
+    given = ["--models", str(models), "--port", "0", *flags]
+    omnispeech.startup.add_arguments(parser, given, ROOT)
+    args = parser.parse_args(given)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "execv", become)
+        try:
+            args.run(args)
+        except Replaced as replaced:
+            return replaced.command
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    raise AssertionError("it became nothing")
+
+
+def test_an_empty_directory_becomes_a_whole_one_and_the_process_the_worker(
+    hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    models = tmp_path / "models"
+    command = start(models, "--llm", "auto", "--connections", "2", "--max-waiting", "3")
+    assert command[:2] == [sys.executable, str(ROOT / "model_worker.py")]
+    assert command[2:] == [
+        *("--models", str(models), "--port", "0", "--llm", "auto", "--max-waiting", "3")
+    ]
+    assert caplog.messages[-1] == READY
+    assert choose_sources(models).decoder == models / NAMES[1]
+    assert {"flow.safetensors", "hift.safetensors"} <= found(models / NAMES[1]).keys()
+    for name in NAMES:
+        Manifest(models).check(name, deep=True)
+
+
+def test_a_start_that_finds_everything_asks_nothing_and_writes_nothing(
+    hub: Hub, models: Path
+) -> None:
+    start(models, "--llm", "auto")  # converts the decoder
+    before = {path: path.stat().st_mtime_ns for path in models.rglob("*")}
+    start(models)
+    assert {path: path.stat().st_mtime_ns for path in models.rglob("*")} == before
+    assert not hub.requests
+
+
+def test_a_start_that_finds_everything_is_quick_and_imports_no_torch(
+    hub: Hub, converted: Path
+) -> None:
+    code = f"""
+import os, sys, time
+from pathlib import Path
+from omnispeech.cli import startup
+def become(path, command):
+    print(time.process_time() - began, {{"torch", "huggingface_hub"}} & sys.modules.keys())
+    sys.exit(0)
+os.execv = become
+import omnispeech.startup
+began = time.process_time()
+startup(Path("."), ["--models", {str(converted)!r}, "--port", "0"])
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    seconds, modules = ran.stdout.splitlines()[-1].split(maxsplit=1)
+    assert modules == "set()", ran.stderr
+    assert float(seconds) < 0.3  # 0.01 on an idle machine
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--kv-tokens", "1"], "kv_tokens=1 is less"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "tpu"], "'tpu' is no device"),
+        (["--dtype", "int3"], "int3"),
+        (["--kernel", "best"], "best"),
+        (["--connections", "0"], "connections=0"),
+        (["--hub-endpoint", "ftp://x"], "hub_endpoint='ftp://x'"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_anything_is_fetched(
+    hub: Hub, tmp_path: Path, flags: list[str], message: str
+) -> None:
+    with pytest.raises(OmniSpeechError, match=message):
+        start(tmp_path, *flags)
+    assert not hub.requests
+
+
+def test_a_flag_that_is_none_is_refused_with_status_2(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        start(tmp_path, "--modles", "x")
+    assert not hub.requests
+
+
+def test_a_port_in_use_is_refused_before_anything_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        with pytest.raises(OmniSpeechError, match=f"cannot listen on 127.0.0.1:{port}"):
+            start(tmp_path, "--port", port)
+    assert not hub.requests
+
+
+def test_models_that_came_by_hand_are_entered_once_and_not_fetched(
+    hub: Hub, by_hand: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    (by_hand / "OpenS2S/.cache/huggingface").mkdir(parents=True)
+    (by_hand / "OpenS2S/.cache/huggingface/x.metadata").write_text("left by hf download")
+    start(by_hand)
+    assert f"{by_hand / 'OpenS2S'} is complete and new here: hashing its " in caplog.text
+    assert READY in caplog.messages and not hub.requests
+    files = Manifest(by_hand).entry("OpenS2S").files
+    assert "tts/tokenizer.json" in files and not any("cache" in file for file in files)
+    assert set(Manifest(by_hand).entry(NAMES[1]).files) == {"config.yaml", "flow.pt", "hift.pt"}
+    caplog.clear()
+    start(by_hand)
+    assert "hashing" not in caplog.text
+
+
+def test_models_on_a_read_only_disk_are_used_as_they_are(
+    hub: Hub, by_hand: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    start(by_hand)
+    assert "is complete; it cannot be entered: read-only" in caplog.text
+    assert not Manifest(by_hand).path.exists()
+
+
+def test_an_incomplete_model_that_came_by_hand_is_named_with_the_command_that_mends_it(
+    hub: Hub, by_hand: Path
+) -> None:
+    (by_hand / "OpenS2S" / SHARD).unlink()
+    command = f"omnispeech fetch OpenS2S --models {by_hand}"
+    with pytest.raises(OmniSpeechError, match=rf"lacks 1 of 2 shards: {SHARD}.*{command}"):
+        start(by_hand)
+    assert not hub.requests
+    assert cli.main(command.split()[1:]) == 0
+    assert {Path(path).name for path in hub.sent} == {SHARD}
+    start(by_hand)
+
+
+@pytest.mark.parametrize("missing", [True, False], ids=["missing", "changed"])
+def test_a_file_that_is_not_as_entered_is_named_with_the_command_that_mends_it(
+    hub: Hub, tmp_path: Path, missing: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(tmp_path)
+    path = tmp_path / "OpenS2S" / SHARD
+    if missing:
+        path.unlink()
+    else:
+        path.write_bytes(bytes(path.stat().st_size))
+    hub.sent.clear()
+    command = f"omnispeech fetch OpenS2S --models {tmp_path}"
+    with pytest.raises(OmniSpeechError, match=rf"{path} is not as .*{command}"):
+        start(tmp_path)
+    assert not hub.sent
+    assert cli.main(command.split()[1:]) == 0
+    assert f"{tmp_path / 'OpenS2S'}: whole" in capsys.readouterr().out
+    assert set(hub.sent) == {SHARD}
+    start(tmp_path)
+
+
+def test_an_original_that_was_deleted_for_the_8_bit_model_is_not_fetched_again(
+    hub: Hub, models: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    (models / "OpenS2S").rename(models / "OpenS2S-8bit")
+    start(models)
+    assert f"OpenS2S is not fetched: {models / 'OpenS2S-8bit'} holds the whole model" in caplog.text
+    assert caplog.messages[-1] == READY
+    assert not hub.requests
+    start(models, "--llm", "bf16")  # asked for by name
+    assert (models / "OpenS2S" / SHARD).exists()
+
+
+def test_offline_a_start_needs_its_files_and_nothing_else(
+    hub: Hub, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    start(models)
+    with pytest.raises(OmniSpeechError, match=r"OpenS2S has to be fetched, and HF_HUB_OFFLINE"):
+        start(tmp_path / "empty")
+    assert not hub.requests
+
+
+def test_settings_that_name_another_repository_than_the_one_there_are_told(
+    hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start(tmp_path)
+    start(tmp_path)
+    assert "as set" not in caplog.text
+    hub.requests.clear()
+    start(tmp_path, "--opens2s-revision", "v2")
+    assert (
+        f"OpenS2S is from CASIA-LM/OpenS2S, revision main; for CASIA-LM/OpenS2S, revision v2, as "
+        f"set: omnispeech fetch OpenS2S --models {tmp_path} --update"
+    ) in caplog.text
+    assert not hub.requests
+
+
+def test_a_wavlm_is_fetched_where_one_is_asked_for(
+    hub: Hub, models: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    files = {"config.json": b"{}", "pytorch_model.bin": b"0" * 2000, "flax_model.msgpack": b"no"}
+    hub.repositories["microsoft/wavlm-base-plus"] = files
+    start(models, "--audio-encoder", "wavlm")
+    del files["flax_model.msgpack"]
+    assert found(models / "wavlm-base-plus") == files
+    assert caplog.messages[-1] == "✅ All 3 models are ready!"
+
+
+def program(models: Path, *flags: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, str(ROOT / "startup.py"), "--models", str(models), "--device", "cpu"]
+    process = subprocess.Popen(
+        [*command, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd="/",
+    )
+    PROGRAMS.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def none_is_left() -> Iterator[None]:
+    yield
+    while PROGRAMS:
+        process = PROGRAMS.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+def test_the_worker_is_the_same_process_and_gets_its_signals(hub: Hub, converted: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    process = program(converted, "--port", port)
+    wait_until(lambda: answers(f"http://127.0.0.1:{port}/health"), 120)
+    arguments = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
+    assert str(ROOT / "model_worker.py").encode() in arguments
+    process.send_signal(signal.SIGTERM)
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert READY in shown and "💡 No AWQ-quantized LLM found" in shown
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url).is_success
+    except httpx.TransportError:
+        return False
+
+
+def test_a_stop_signal_while_fetching_ends_at_once_and_keeps_what_came(
+    hub: Hub, tmp_path: Path
+) -> None:
+    befall(hub, SHARD, pause_s=0.3)
+    process = program(tmp_path, "--port", "0")
+    wait_until(lambda: hub.sent[SHARD] > 100_000, 120)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 143 and time.monotonic() - began < 5
+    assert "stopped; the next start goes on from here" in shown
+    hub.mishaps.clear()
+    start(tmp_path)
+    assert [where for path, where in hub.requests if SHARD in path][-1].startswith("bytes=")
+
+
+def test_once_answers_the_shipped_question_and_ends(hub: Hub, converted: Path) -> None:
+    process = program(converted, "--once", "--max-new-tokens", "12")
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    for part in (READY, "ready after ", "first audio after ", "real-time factor "):
+        assert part in shown
+    assert re.search(r"^  load [a-z ]+: \d+\.\d s", shown, re.MULTILINE)
+
+
+def test_once_ends_with_its_worker_on_a_stop_signal(hub: Hub, converted: Path) -> None:
+    process = program(converted, "--once")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_until(lambda: children.read_text() != "", 120)
+    (child,) = map(int, children.read_text().split())
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert not Path(f"/proc/{child}").exists()
+
+
+def test_once_with_a_worker_that_fails_ends_with_its_reason(hub: Hub, converted: Path) -> None:
+    process = program(converted, "--once", "--llm", "gptq")
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert f"{converted / 'OpenS2S-llm-gptq'} is missing; make it with: " in shown
+    assert "startup.py: the worker ended with status 1 before it was ready" in shown
+
+
+def test_verify_names_the_command_that_mends_what_was_fetched(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (models / "OpenS2S" / SHARD).unlink()
+    assert cli.main(["verify", "--models", str(models), "OpenS2S"]) == 1
+    command = f"omnispeech fetch OpenS2S --models {models}"
+    assert f"(to bring what it lacks, and enter it: {command})" in capsys.readouterr().out

@@ -1,0 +1,232 @@
+"""What a stop signal does to a server: the door, the replies under way, the exit status."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from controller_server import Worker, worker_on_loopback
+from fake_engine import DONE, FakeEngine, sound_file, tone
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from omnispeech.engine.events import TextDelta
+
+TESTS = Path(__file__).parent
+PATH = "/worker_generate_stream"
+HELLO = {"messages": [{"role": "user", "content": "hello"}]}
+WAV = sound_file(tone(0.2))
+
+
+def until(true: Callable[[], object], within_s: float = 10.0) -> None:
+    end_s = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+
+
+@contextmanager
+def replying(worker: Worker) -> Iterator[Iterator[bytes]]:
+    """A reply under way, its first piece read, while the server has got a stop signal."""
+    with httpx.stream("POST", worker.url + PATH, json=HELLO, timeout=20) as response:
+        pieces = response.iter_raw()
+        next(pieces)
+        worker.http.handle_exit(signal.SIGTERM, None)
+        until(lambda: httpx.get(f"{worker.url}/ready").status_code == 503)
+        yield pieces
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+@pytest.fixture
+def worker(gate: threading.Event) -> Iterator[Worker]:
+    with worker_on_loopback(FakeEngine(TextDelta("Hel"), gate, DONE)) as one:
+        yield one
+
+
+def test_a_reply_under_way_is_finished_and_then_the_server_ends(
+    worker: Worker, gate: threading.Event
+) -> None:
+    with replying(worker) as pieces:
+        assert not worker.ended(within_s=0.5)
+        gate.set()
+        assert json.loads(b"".join(pieces).removesuffix(b"\0"))["finalize"]
+        assert worker.ended(within_s=5)
+
+
+def test_probes_are_answered_while_replies_are_finished(worker: Worker) -> None:
+    with replying(worker):
+        ready = httpx.get(f"{worker.url}/ready")
+        assert (ready.status_code, ready.headers["retry-after"]) == (503, "5")
+        assert ready.json()["status"] == "stopping"
+        assert ready.json()["error"]["message"].startswith("the server is stopping; ")
+        assert httpx.head(f"{worker.url}/health").status_code == 200
+        assert "omnispeech_ready 0.0" in httpx.get(f"{worker.url}/metrics").text
+
+
+def test_new_requests_are_refused_with_the_reason(worker: Worker) -> None:
+    with replying(worker):
+        speech = httpx.post(f"{worker.url}/v1/speech", content=WAV)
+        objects = httpx.post(worker.url + PATH, json=HELLO)
+    for response in (speech, objects):
+        assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+        assert "the server is stopping" in response.text
+
+
+def test_controllers_are_told_of_no_model_while_replies_are_finished(worker: Worker) -> None:
+    with replying(worker):
+        assert httpx.post(f"{worker.url}/worker_get_status").json()["model_names"] == []
+
+
+def test_a_spoken_answer_is_finished_and_then_the_connection_is_closed(
+    worker: Worker, gate: threading.Event
+) -> None:
+    with connect(worker.url.replace("http", "ws") + "/ws/stream?events=1") as socket:
+        ask(socket)
+        assert json.loads(socket.recv())["text"] == "Hel"
+        worker.http.handle_exit(signal.SIGTERM, None)
+        assert not worker.ended(within_s=0.5)
+        gate.set()
+        assert json.loads(socket.recv())["type"] == "end"
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.recv()
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1012
+        assert worker.ended(within_s=5)
+
+
+def test_a_trigger_after_the_signal_is_refused_in_its_connection(worker: Worker) -> None:
+    with connect(worker.url.replace("http", "ws") + "/ws/stream?events=1") as socket:
+        with replying(worker):
+            ask(socket)
+            told = json.loads(socket.recv())
+        assert (told["type"], told["error"]) == ("error", "NotReady")
+
+
+def ask(socket: Any) -> None:
+    socket.send(bytes(3200))
+    socket.send(json.dumps({"type": "trigger_response"}))
+
+
+def test_an_idle_server_ends_at_once(worker: Worker) -> None:
+    with connect(worker.url.replace("http", "ws") + "/ws/stream"):  # a caller that says nothing
+        worker.http.handle_exit(signal.SIGTERM, None)
+        assert worker.ended(within_s=5)
+
+
+def test_a_reply_over_the_limit_is_cut(gate: threading.Event) -> None:
+    engine = FakeEngine(TextDelta("Hel"), gate, DONE)
+    with worker_on_loopback(engine, drain_s=0.5) as worker, replying(worker) as pieces:
+        assert worker.ended(within_s=5)
+        with pytest.raises(httpx.RemoteProtocolError):
+            next(pieces)
+        assert engine.cancelled.is_set()
+
+
+def test_the_second_signal_ends_at_once(worker: Worker) -> None:
+    with replying(worker) as pieces:
+        worker.http.handle_exit(signal.SIGTERM, None)
+        assert worker.ended(within_s=5)
+        with pytest.raises(httpx.RemoteProtocolError):
+            next(pieces)
+
+
+SERVER = """
+import sys, threading, time
+from fake_engine import DONE, FakeEngine
+from omnispeech.config import ServerConfig
+from omnispeech.engine.events import TextDelta
+from omnispeech.server.app import create_app
+from omnispeech.server.http import HTTPServer, listen
+
+class Slow(threading.Event):
+    end_s = None
+
+    def is_set(self):
+        self.end_s = self.end_s or time.monotonic() + float(sys.argv[1])
+        return time.monotonic() > self.end_s
+
+gate = Slow()
+config = ServerConfig(port=0)
+with listen(config) as door:
+    HTTPServer(create_app(FakeEngine(TextDelta("a"), gate, DONE), config), config).run([door])
+print("cleaned up")
+"""
+
+
+LOADING = """
+import sys, torch
+from omnispeech.cli import worker
+from omnispeech.commands import serve
+from omnispeech.engine.worker import Worker
+
+def load():
+    weights = torch.randn(1000, 1000)
+    while True:
+        weights = torch.tanh(weights @ weights)
+
+serve.build_worker = lambda settings: Worker(load)
+sys.exit(worker(["--port", "0"]))
+"""
+
+
+@contextmanager
+def process(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server of its own, and its address."""
+    python = [sys.executable, "-u", "-c", *command]
+    pipe, both = subprocess.PIPE, subprocess.STDOUT
+    with subprocess.Popen(python, cwd=TESTS, text=True, stdout=pipe, stderr=both) as one:
+        try:
+            assert one.stdout is not None
+            lines = iter(one.stdout.readline, "")
+            yield one, next(m[1] for line in lines if (m := re.search(r"on (http://\S+)", line)))
+        finally:
+            one.kill()
+
+
+def test_sigterm_finishes_the_replies_and_exits_with_zero() -> None:
+    with (
+        process(SERVER, "1") as (server, url),
+        httpx.stream("POST", url + PATH, json=HELLO, timeout=20) as response,
+    ):
+        pieces = response.iter_raw()
+        next(pieces)
+        server.send_signal(signal.SIGTERM)
+        assert b'"finalize": true' in b"".join(pieces)
+        assert server.wait(10) == 0
+        assert server.stdout is not None and server.stdout.read().endswith("cleaned up\n")
+
+
+def test_a_second_sigterm_does_not_wait_for_replies() -> None:
+    with (
+        process(SERVER, "600") as (server, url),
+        httpx.stream("POST", url + PATH, json=HELLO, timeout=20) as response,
+    ):
+        pieces = response.iter_raw()
+        next(pieces)
+        server.send_signal(signal.SIGTERM)
+        until(lambda: httpx.get(f"{url}/ready").status_code == 503)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(10) == 0
+
+
+def test_sigterm_ends_a_server_that_is_still_loading_at_once() -> None:
+    """A thread inside torch would abort the end of the interpreter."""
+    with process(LOADING) as (server, url):
+        assert httpx.get(f"{url}/ready").json()["status"] == "loading"
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(8) == 0
+        assert server.stdout is not None and "terminate" not in server.stdout.read()
