@@ -37,14 +37,14 @@ def quantize_whole(models: Path, *, overwrite: bool) -> None:
     say(f"Quantizing all of {source} to 8-bit, tensor by tensor")
     made = make_whole_model(source, target, Tenths(), overwrite=overwrite)
     say(
-        f"8-bit model saved and verified: {target}",
+        f"✅ 8-bit model saved and verified: {target}",
         f"{made.quantized} linears of both language models: {size_text(made.codes)} in 8 bits; "
         f"everything else as it was: {size_text(made.size - made.codes)}",
         f"Largest deviation of a weight: {made.error:.4f} steps of its row (rounding allows 0.5)",
         f"Original model: {size_text(made.source_size)}",
         f"8-bit model: {size_text(made.size)}",
         f"Compression ratio: {made.source_size / made.size:.2f}x",
-        "SUCCESS! 8-bit Quantization Complete",
+        "🎉 SUCCESS! 8-bit Quantization Complete",
         f"Next: {RESTART}",
         f"The server needs {source} no longer; quantize_llm_awq.py does",
     )

@@ -36,7 +36,7 @@ def quantize_part(models: Path, part: PartName, chosen: Choices) -> None:
     method = chosen.method.method.upper()
     say(BANNER.format(f"{method} Quantization for OmniSpeech {NAMES[part]} (Persistent on Disk)"))
     _tell_extraction(source, NAMES[part], chosen)
-    say("", f"Step 2/3: Quantizing {NAMES[part]} with {method_name(chosen)}")
+    say("", f"🔧 Step 2/3: Quantizing {NAMES[part]} with {method_name(chosen)}")
     if part == "speech_lm":
         calibrator = of_speech_lm(models, chosen.calibrate)
     else:
@@ -68,9 +68,9 @@ def _tell_extraction(source: LanguageFiles, name: str, chosen: Choices) -> None:
     copied = chosen.engine == "autoawq"
     own, full = part_size(source), weights_size(source.directory)
     say(
-        f"Step 1/3: Extracting {name} from OmniSpeech Checkpoint",
+        f"📦 Step 1/3: Extracting {name} from OmniSpeech Checkpoint",
         f"{name}: {size_text(own)} of the {size_text(full)} in {source.directory}",
-        f"Standalone {name} checkpoint "
+        f"✅ Standalone {name} checkpoint "
         + (
             "saved for AutoAWQ, deleted when it is done"
             if copied
@@ -84,17 +84,17 @@ def _tell_result(
 ) -> None:
     full, own, after = weights_size(source.directory), part_size(source), weights_size(output)
     say(
-        f"{name} quantized to {chosen.method.bits}-bit",
-        f"Quantized {name} {'was there already' if outcome.found else 'saved'}: {output}",
+        f"✅ {name} quantized to {chosen.method.bits}-bit",
+        f"✅ Quantized {name} {'was there already' if outcome.found else 'saved'}: {output}",
         "",
-        "Step 3/3: Verifying Quantization",
+        "📊 Step 3/3: Verifying Quantization",
         *outcome.lines,
         f"Original checkpoint (full): {size_text(full)}",
         f"Quantized {name} only: {size_text(after)}",
         f"Compression ratio: {full / after:.2f}x ({own / after:.2f}x of the {name} alone)",
-        "Quantization successful!",
+        "✅ Quantization successful!",
         "",
-        f"SUCCESS! {name} Quantization Complete",
+        f"🎉 SUCCESS! {name} Quantization Complete",
     )
 
 
