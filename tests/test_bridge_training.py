@@ -524,6 +524,20 @@ def test_too_little_audio_is_refused_before_anything_is_loaded(
     refused(models, tmp_path / "data", r"50 frames \(2 s\) to fit with, and 193 numbers")
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+def test_too_little_to_choose_or_to_test_with_is_refused_before_anything_is_loaded(
+    held_out: bool, models: Path, recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Path(shutil.copytree(recordings, tmp_path / "data"))
+    short = write_clip(data / "short.wav", 0.1, 0)
+    files = find_audio(data)
+    kind, words = ("held_out", "test") if held_out else ("validation", "choose the ridge")
+    seed = next(s for s in range(1000) if getattr(split(files, 0.1, s), kind)[0].path == short)
+    monkeypatch.setattr(job_module, "load_wavlm", None)
+    with pytest.raises(ConfigError, match=rf"0.10 s of audio to {words} with \(1 files: short.wav"):
+        train(models, data, seed=seed)
+
+
 @pytest.mark.parametrize("name", ["OpenS2S", "wavlm-base-plus"])
 def test_a_missing_model_is_named_with_the_command_that_brings_it(
     name: str, models: Path, recordings: Path

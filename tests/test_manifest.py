@@ -192,6 +192,10 @@ def test_an_empty_directory_is_not_entered(models: Path) -> None:
         ('{"format": 1}', "is damaged"),
         ('{"format": 1, "entries": []}', "is damaged"),
         ('{"format": 1, "entries": {"awq": {}}}', "is damaged"),
+        (
+            '{"format": 1, "entries": {"awq": {"made": null, "entered": "", "files": {}}}}',
+            "damaged",
+        ),
         ('{"format": 1, "entries": {"awq": {"made": {}, "entered": "", "files": 3}}}', "damaged"),
     ],
 )

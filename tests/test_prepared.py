@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from quantized_models import GEMM, INT8, quantize_language_model, quantize_opens2s
 from torch import nn
 
-from omnispeech.checkpoint import prepared
+from omnispeech.checkpoint import opens2s, prepared
 from omnispeech.checkpoint.kernel_ready import KernelReady, write_kernel_ready
 from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.checkpoint.models_directory import choose_sources
@@ -267,13 +268,70 @@ def test_a_copy_whose_entry_tells_of_another_header_is_not_used(
     assert "its header is not the one that was written" in caplog.text
 
 
-def test_a_start_that_was_killed_while_it_wrote_leaves_nothing_behind(models: Path) -> None:
+def test_a_copy_and_an_entry_of_another_model_are_not_used(
+    models: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(models)
+    (mine,) = copies(models)
+    shutil.copytree(models / AWQ, models / "other")
+    quantize_language_model(OPENS2S, models / "other", Scheme("gemm", 4, 32), part="llm")
+    Manifest(models).enter("other", {"by": "a test"})
+    load(models, "other")
+    (other,) = set(copies(models)) - {mine}
+    shutil.rmtree(models / mine)
+    (models / other).rename(models / mine)
+    Manifest(models).enter(mine, Manifest(models).entry(other).made)
+    assert same(load(models), load(models, prepare=False))
+    assert "its entry is of another copy" in caplog.text
+
+
+def test_nothing_is_kept_of_a_model_that_was_replaced_while_it_was_read(
+    models: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = opens2s._load
+
+    def load_slowly(plan: Any, *given: Any) -> None:
+        if plan.source.endswith(AWQ):
+            another_model(models, monkeypatch)  # its files are open already
+        real(plan, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(opens2s, "_load", load_slowly)
+        load(models)
+    assert f"{AWQ} was replaced while it was read" in caplog.text
+    assert copies(models) == []
+    load(models)
+    assert same(load(models), load(models, prepare=False))
+
+
+@pytest.mark.parametrize("ending", [".partial", ""])
+def test_a_start_that_was_killed_while_it_wrote_leaves_nothing_behind(
+    models: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     load(models)
     (copy,) = copies(models)
-    partial = models / f"{copy}.partial"
-    (models / copy).rename(partial)
+    (models / copy).rename(models / f"{copy}{ending}.moved")
+    Manifest(models).forget(copy)
+    (models / f"{copy}{ending}.moved").rename(models / f"{copy}{ending}")
+    another_torch(models, monkeypatch)  # what was left has another name than the next copy
     load(models)
-    assert copies(models) == [copy]
+    assert copies(models) != [copy]
+    assert copies(models) == list(prepared_entries(models))
+
+
+def test_a_damaged_copy_makes_room_for_the_next(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(models)
+    (copy,) = copies(models)
+    one_bit(models / copy / "model.safetensors")
+
+    def disk_usage(path: Path) -> Any:
+        return SimpleNamespace(free=0 if (models / copy).exists() else 1 << 40)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    load(models)
+    assert [p.state for p in find_prepared(choose_sources(models), MACHINE).values()] == ["current"]
 
 
 def test_where_nothing_can_be_written_the_start_goes_on(

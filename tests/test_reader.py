@@ -46,6 +46,7 @@ class LazyTransfers:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.waits = 0
+        self.under_way = 0
 
     def buffer(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8)
@@ -54,6 +55,8 @@ class LazyTransfers:
         pass
 
     def send(self, target: Tensor, source: Tensor) -> list[Callable[[], Any]]:
+        with self.lock:
+            self.under_way += 1
         return [lambda: target.copy_(source)]
 
     def wait(self, sent: list[Callable[[], Any]]) -> None:
@@ -64,6 +67,10 @@ class LazyTransfers:
         with self.lock:
             if sent:
                 sent.pop()()
+                self.under_way -= 1
+
+    def arrive_all(self) -> None:
+        self.under_way = 0
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
@@ -106,6 +113,28 @@ def test_no_thread_is_left_when_all_is_read_or_reading_is_given_up(file: TensorF
     assert readers() == 0
     list(read_tensors(requests(file), CPU, 3))
     assert readers() == 0
+
+
+def test_no_copy_is_under_way_to_memory_that_is_freed(
+    file: TensorFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transfers = LazyTransfers()
+    tensors = read_tensors(requests(file), CPU, 3, transfers)
+    next(tensors)
+    tensors.close()
+    assert transfers.under_way == 0
+    original, calls = TensorFile.read_bytes, []
+
+    def fail(self: TensorFile, *given: Any) -> None:
+        calls.append(given)
+        if len(calls) > 5:
+            raise RuntimeError("out of memory")
+        original(self, *given)
+
+    monkeypatch.setattr(TensorFile, "read_bytes", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(read_tensors(requests(file), CPU, 1, transfers))
+    assert transfers.under_way == 0
 
 
 def test_the_first_error_ends_all_and_names_the_file(file: TensorFile) -> None:

@@ -69,6 +69,11 @@ def test_it_says_so_in_the_last_line(settled: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.endswith("an image taken now starts at once\n")
 
 
+def unsettle_killed_copy(models: Path) -> str:
+    (models / f"{AWQ}.prepared-0123456789ab.partial").mkdir()
+    return f"{AWQ}.prepared-0123456789ab.partial: wait for the start that writes it, or delete it"
+
+
 def unsettle_partial(models: Path) -> str:
     (models / "OpenS2S-8bit.partial").mkdir()
     return f"OpenS2S-8bit.partial: go on with: python quantize_model_once.py --models {models}"

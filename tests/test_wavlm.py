@@ -181,11 +181,22 @@ def test_names_are_those_of_the_checkpoint() -> None:
         ({"conv_dim": [16]}, "no WavLM can be built"),
         ({"hidden_act": "loud"}, "no WavLM can be built"),
         ({"num_attention_heads": 5}, "no WavLM can be built"),
+        ({"num_attention_heads": 0}, "no WavLM can be built"),
+        ({"torch_dtype": "float99"}, "no WavLM can be built"),
+        ({"conv_kernel": 10}, "the config of WavLM cannot be read"),
+        ({"conv_stride": ["5"] * 7}, "the config of WavLM cannot be read"),
+        ({"hidden_size": None}, "the config of WavLM cannot be read"),
     ],
 )
 def test_an_impossible_config_is_refused(changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(CheckpointError, match=complaint):
         WavLMEncoder(WavLMConfig(body=SIZES | changes))
+
+
+def test_what_a_config_says_of_outputs_changes_nothing() -> None:
+    encoder = WavLMEncoder(WavLMConfig(body=SIZES | {"return_dict": False})).eval()
+    with torch.inference_mode():
+        assert len(encoder.features(torch.zeros(1600))) == encoder.features_of(1600)
 
 
 def test_a_config_of_another_encoder_under_the_name_of_wavlm_says_nothing_of_it() -> None:

@@ -21,6 +21,7 @@ from wavlm_models import (
     write_models,
 )
 
+from omnispeech.checkpoint.decoder import load_decoder
 from omnispeech.checkpoint.models_directory import choose_sources
 from omnispeech.checkpoint.opens2s import LoadedOpenS2S, load_opens2s
 from omnispeech.checkpoint.shards import Shards
@@ -101,6 +102,17 @@ def test_the_log_says_where_it_hears_from(bridged: Path, caplog: pytest.LogCaptu
     assert f"Using WavLM: {bridged / 'wavlm-base-plus'}" in caplog.text
     assert f"Loading WavLM from {bridged / 'wavlm-base-plus'} with {bridged}" in caplog.text
     assert "WavLM and its bridge loaded (" in caplog.text
+
+
+def test_no_file_is_mapped_by_what_was_loaded(bridged: Path) -> None:
+    """Its bytes would be read at the first reply, and a file that is cut short end the server."""
+    sources = choose_sources(bridged, audio_encoder="wavlm")
+    read_wavlm(sources.wavlm.body)  # converts
+    load_decoder(sources.decoder)
+    body, bridge = read_wavlm(sources.wavlm.body), read_bridge(sources.wavlm.bridge)
+    decoder = load_decoder(sources.decoder)
+    assert str(bridged) not in Path("/proc/self/maps").read_text()
+    assert body and bridge and decoder
 
 
 def test_the_pickle_is_converted_once(bridged: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from omnispeech.bridge_training.clips import AudioFile
+from omnispeech.bridge_training.clips import AudioFile, Split
 from omnispeech.bridge_training.fitting import (
     FRAMES_PER_S,
     Fitted,
@@ -32,9 +32,7 @@ from omnispeech.bridge_training.report import (
     read_report,
 )
 from omnispeech.checkpoint.manifest import Manifest
-from omnispeech.checkpoint.wavlm import (
-    write_bridge,
-)
+from omnispeech.checkpoint.wavlm import write_bridge
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.models.wavlm import Bridge
 from omnispeech.quantization.output import is_filled, sync_tree, write_json
@@ -50,6 +48,8 @@ from omnispeech.quantization.state import (
     remove_partial,
 )
 
+LEAST_S = 1.0  # of audio to choose or to test with: one frame alone has no variance
+
 
 def train_bridge(settings: BridgeSettings, progress: Progress | None = None) -> BridgeReport | None:
     """None after a dry run. A result that is there is checked and reported as found.
@@ -61,6 +61,7 @@ def train_bridge(settings: BridgeSettings, progress: Progress | None = None) -> 
     job = open_job(settings)
     progress.say(_plan_lines(job))
     check_amount(round(_seconds(job.split.training) * FRAMES_PER_S), job.untrained)
+    _check_shares(job.split)
     if settings.dry_run:
         return None
     put_back(job.output)
@@ -87,6 +88,17 @@ def _plan_lines(job: Job) -> list[str]:
     if partial_differences(job.output, job.signature) == []:
         lines.append(f"{partial_path(job.output)} is of an interrupted run, which goes on")
     return lines
+
+
+def _check_shares(parts: Split) -> None:
+    """Raises ConfigError for files that have next to nothing to choose or to test with."""
+    for what, files in (("choose the ridge", parts.validation), ("test", parts.held_out)):
+        if (seconds := _seconds(files)) < LEAST_S:
+            raise ConfigError(
+                f"{seconds:.2f} s of audio to {what} with ({len(files)} files: {files[0].name}"
+                f"{' ...' if len(files) > 1 else ''}); {LEAST_S:g} s or more are needed: take such "
+                "short files out of the data, draw others with --seed, or raise --hold-out"
+            )
 
 
 def _seconds(files: tuple[AudioFile, ...]) -> float:

@@ -201,6 +201,8 @@ class Manifest:
 
 def _entry(raw: Mapping[str, Any]) -> ManifestEntry:
     files = {file: FileRecord(**record) for file, record in raw["files"].items()}
+    if not isinstance(raw["made"], dict):
+        raise TypeError(f"made is {raw['made']!r}")
     return ManifestEntry(raw["made"], raw["entered"], files)
 
 

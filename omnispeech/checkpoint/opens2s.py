@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +13,7 @@ from omnispeech.checkpoint.files import build_on_meta, held_bytes, size_text
 from omnispeech.checkpoint.hearing import open_hearing, with_wavlm
 from omnispeech.checkpoint.kernel_ready import KernelReady
 from omnispeech.checkpoint.lora import merged
-from omnispeech.checkpoint.prepared import Machine, Prepared, prepared_of
+from omnispeech.checkpoint.prepared import Machine, Prepared, copies_of
 from omnispeech.checkpoint.quantized import kernels_of, plan_causal_lm, read_quantization
 from omnispeech.checkpoint.shards import Shards
 from omnispeech.checkpoint.wavlm_paths import ENCODER, WavLMPaths, own_wavlm
@@ -103,13 +103,16 @@ def load_opens2s(
     _check_end_ids(directory / "tts/generation_config.json", speech, config.tts_lm)
     others = zip(LANGUAGE_MODELS, (llm, speech_lm), strict=True)
     replaced = {name: path for name, path in others if path}
+    # before a file of weights is opened: what is replaced from now on gets another identity
+    copies = copies_of(directory, replaced, Machine(device, kernel)) if loading.prepare else {}
     with loading.phases.measure("check checkpoint"):
         plans = plan_opens2s(directory, device, replaced, wavlm)
         model = cast(OmniSpeech, plans[0].model)
         hearing = open_hearing(directory, model.audio_encoder_model, wavlm)
     target = Target(device, dtype, kernel, loading.threads)
     for plan in plans:
-        _load(plan, target, loading, replaced if plan is plans[0] else ())
+        copy = copies.get(Path(plan.source)) if plan.quantized else None
+        _load(plan, target, loading.phases, copy)
     if hearing:
         with loading.phases.measure("load WavLM") as phase:
             phase.size = hearing.load(target)
@@ -210,7 +213,7 @@ def _check_segments(preprocessor: Mapping[str, Any], encoder: EncoderConfig) -> 
         )
 
 
-def _load(plan: WeightPlan, target: Target, loading: Loading, without: Collection[str]) -> None:
+def _load(plan: WeightPlan, target: Target, phases: Phases, prepared: Prepared | None) -> None:
     """With the lines that the guides look for in the log."""
     kind = {OmniSpeech: "model", SpeechLM: "speech LM"}.get(type(plan.model), "LLM")
     bits = ""
@@ -219,10 +222,9 @@ def _load(plan: WeightPlan, target: Target, loading: Loading, without: Collectio
         bits = f"{plan.quantization.scheme.bits}-bit, "
     logger.info("🔄 Loading %s from %s...", kind, plan.source)
     began = time.perf_counter()
-    prepared = _prepared(plan, target, without) if loading.prepare else None
     ready = prepared.open(plan.forms) if prepared else None
     for part, names in _parts(plan).items():
-        with loading.phases.measure(f"load {part}") as phase:
+        with phases.measure(f"load {part}") as phase:
             before = _bytes_read(plan, ready)
             plan.load(target, names, ready)
             phase.size = _bytes_read(plan, ready) - before
@@ -231,14 +233,8 @@ def _load(plan: WeightPlan, target: Target, loading: Loading, without: Collectio
     if kernels := kernels_of(plan.model):
         logger.info("kernels of its quantized linears: %s", kernels)
     if prepared and not ready:
-        with loading.phases.measure("keep kernel-ready weights"):
+        with phases.measure("keep kernel-ready weights"):
             prepared.write(_quantized_linears(plan))
-
-
-def _prepared(plan: WeightPlan, target: Target, without: Collection[str]) -> Prepared | None:
-    if not plan.quantized:
-        return None
-    return prepared_of(Path(plan.source), Machine(target.device, target.kernel), without)
 
 
 def _parts(plan: WeightPlan) -> dict[str, set[str]]:

@@ -4,14 +4,17 @@ import logging
 import pickle
 import shutil
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from omnispeech.checkpoint.files import replace_file
+from omnispeech.checkpoint.reader import Request, read_tensors
+from omnispeech.checkpoint.tensor_file import TensorFile
 from omnispeech.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -44,9 +47,17 @@ def _metadata(converted: Path) -> dict[str, str]:
 
 def read_conversion(converted: Path) -> dict[str, Tensor]:
     try:
-        return load_file(converted)
-    except SafetensorError as exc:
+        return read_whole(TensorFile(converted))
+    except CheckpointError as exc:
         raise _damaged(converted, exc) from exc
+
+
+def read_whole(file: TensorFile) -> dict[str, Tensor]:
+    """In memory of its own: a mapped file would be read at the first reply, or change under it."""
+    names = file.in_order()
+    requests = [Request(file, name, file.entries[name].dtype) for name in names]
+    with closing(read_tensors(requests, torch.device("cpu"))) as tensors:
+        return dict(zip(names, tensors, strict=True))
 
 
 def _damaged(converted: Path, exc: Exception) -> CheckpointError:

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -47,6 +47,10 @@ KEY_LENGTH = 12  # hexadecimal digits
 State = Literal["current", "outdated", "absent"]
 
 
+class _ReplacedError(Exception):
+    pass
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
     """What a copy was made from and for: one that differs in anything is not used."""
@@ -63,7 +67,12 @@ class Key:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.told, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """As JSON gives it back."""
+        return asdict(self) | {"without": list(self.without)}
 
     def supersedes(self, other: Mapping[str, object]) -> bool:
         """Whether nothing will use the copy of key `other` any more.
@@ -72,7 +81,7 @@ class Key:
         itself is another now.
         """
         place = ("source", "without", "kernel", "device", "capability")
-        mine = json.loads(json.dumps(asdict(self)))
+        mine = self.told
         same = all(other.get(name) == mine[name] for name in place)
         stale = other.get("source") == self.source and other.get("identity") != self.identity
         return other != mine and (same or stale)
@@ -117,12 +126,16 @@ class Prepared:
         """Makes the copy from loaded layers; one that cannot be written costs a line of log."""
         try:
             with self._locked():
+                self._check_origin()
                 for name in self._outdated():
                     logger.info("removing %s: it was made for what is no longer here", name)
                     self._remove(name)
+                self._remove_leftovers()
                 self._write(linears)
         except BlockingIOError:
             logger.info("%s is being written by another start", self.path)
+        except _ReplacedError as exc:
+            logger.warning("%s is not kept: %s", self.path, exc)
         except (CheckpointError, OSError) as exc:
             logger.warning(
                 "%s cannot be written (%s): weights are repacked at every start; --no-prepare "
@@ -134,6 +147,8 @@ class Prepared:
     def _open(self, forms: Mapping[str, Form]) -> KernelReady:
         manifest = Manifest(self.models)
         made = manifest.entry(self.name).made
+        if made.get("prepared") != self.key.told:
+            raise CheckpointError("its entry is of another copy")
         check(manifest, self.name)
         ready = KernelReady(self.path / FILE)
         if ready.header_digest != made.get("header"):
@@ -151,10 +166,9 @@ class Prepared:
         return None
 
     def _write(self, linears: Mapping[str, QuantizedLinear]) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)  # damaged: its room is for this one
         self._check_room(linears)
         partial = self.models / f"{self.name}.partial"
-        for left in (partial, self.path):  # of a start that was killed, or damaged
-            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir()
         try:
             write_kernel_ready(partial / FILE, linears)
@@ -164,10 +178,21 @@ class Prepared:
             os.replace(partial, self.path)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        made = {"by": "omnispeech serve", "prepared": asdict(self.key), "header": header}
+        made = {"by": "omnispeech serve", "prepared": self.key.told, "header": header}
         Manifest(self.models).enter(self.name, made)
         size = (self.path / FILE).stat().st_size
         logger.info("kept for the next start: %s (%s)", self.path, size_text(size))
+
+    def _check_origin(self) -> None:
+        """The weights were read for a while: another process may have replaced their model."""
+        source, manifest = self.key.source, Manifest(self.models)
+        try:
+            check(manifest, source)
+            same = _identity(manifest.entry(source)) == self.key.identity
+        except CheckpointError as exc:
+            raise _ReplacedError(str(exc)) from exc
+        if not same:
+            raise _ReplacedError(f"{source} was replaced while it was read")
 
     def _check_room(self, linears: Mapping[str, QuantizedLinear]) -> None:
         layout = kernel_ready_layout(linears).values()
@@ -185,6 +210,13 @@ class Prepared:
             for name, entry in prepared_entries(self.models).items()
             if name != self.name and self.key.supersedes(entry.made["prepared"])
         ]
+
+    def _remove_leftovers(self) -> None:
+        """Of starts that were killed: nobody else writes while the lock is held."""
+        entered = prepared_entries(self.models)
+        for path in self.models.glob(PREPARED):
+            if path.name not in entered:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _remove(self, name: str) -> None:
         shutil.rmtree(self.models / name, ignore_errors=True)
@@ -234,15 +266,25 @@ def find_prepared(sources: Sources, machine: Machine) -> dict[str, Prepared]:
 
     No weight is read. A `state` of absent or outdated means that the start repacks and writes.
     """
-    others = {"llm_model": sources.llm, "tts_lm_model": sources.speech_lm}
-    without = [name for name, path in others.items() if path]
-    parts = {path: () for path in others.values() if path} | {sources.base: without}
+    replaced = {"llm_model": sources.llm, "tts_lm_model": sources.speech_lm}
+    others = {name: path for name, path in replaced.items() if path}
+    left = len(others) < len(replaced)  # a language model of the base
+    copies = copies_of(sources.base, others, machine)
+    return {path.name: copy for path, copy in copies.items() if left or path != sources.base}
+
+
+def copies_of(base: Path, others: Mapping[str, Path], machine: Machine) -> dict[Path, Prepared]:
+    """By directory: of the model in `base` and of those that take the place of its parts.
+
+    others: by name in the model.
+    """
+    parts = {path: () for path in others.values()} | {base: tuple(others)}
     found = {
-        path.name: prepared_of(path, machine, left_out)
-        for path, left_out in parts.items()
-        if len(left_out) < len(others) and read_quantization(read_json(path / "config.json"))
+        path: prepared_of(path, machine, without)
+        for path, without in parts.items()
+        if read_quantization(read_json(path / "config.json"))
     }
-    return {name: prepared for name, prepared in found.items() if prepared}
+    return {path: prepared for path, prepared in found.items() if prepared}
 
 
 def prepared_entries(models: Path) -> dict[str, ManifestEntry]:

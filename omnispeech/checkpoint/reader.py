@@ -101,6 +101,9 @@ class Transfers(Protocol):
     def arrive(self, sent: Any) -> None:
         """Whatever the caller does next with the target comes after the copy."""
 
+    def arrive_all(self) -> None:
+        """The same of every copy that was sent: their targets may be freed from now on."""
+
 
 class CudaTransfers:
     """Through pinned memory, on a stream beside the one that computes."""
@@ -127,6 +130,9 @@ class CudaTransfers:
 
     def arrive(self, sent: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self._device).wait_event(sent)
+
+    def arrive_all(self) -> None:
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
 
 class DeviceLane:
@@ -209,6 +215,8 @@ class Reading:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
+        if self._transfers:  # of what nobody took, too: its memory is freed and given to others
+            self._transfers.arrive_all()
 
     def _run(self, lane: Lane) -> None:
         try:

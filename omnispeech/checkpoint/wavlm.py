@@ -14,13 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from omnispeech.checkpoint.files import assign_weights, build_on_meta
-from omnispeech.checkpoint.pickles import is_current, read_conversion, read_pickle, write_conversion
+from omnispeech.checkpoint.pickles import (
+    is_current,
+    read_conversion,
+    read_pickle,
+    read_whole,
+    write_conversion,
+)
 from omnispeech.checkpoint.shards import TensorFiles
+from omnispeech.checkpoint.tensor_file import TensorFile
 from omnispeech.checkpoint.wavlm_paths import BRIDGE as BRIDGE
 from omnispeech.checkpoint.wavlm_paths import WAVLM as WAVLM
 from omnispeech.errors import CheckpointError
@@ -243,9 +249,6 @@ def read_bridge(directory: Path) -> StoredBridge:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError as exc:
-        raise CheckpointError(f"{path} is missing") from exc
-    except SafetensorError as exc:
-        raise CheckpointError(f"{path} is damaged: {exc}") from exc
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    return read_whole(TensorFile(path))

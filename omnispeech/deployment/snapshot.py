@@ -9,12 +9,14 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 from omnispeech.caches import DIRECTORY, GPU, cache_directory
 from omnispeech.checkpoint.files import size_text
 from omnispeech.checkpoint.manifest import FILE_NAME, Manifest
 from omnispeech.checkpoint.models_directory import COMMANDS, Sources, fetch_command
+from omnispeech.checkpoint.prepared import PREPARED
 from omnispeech.config import PlaceConfig
 from omnispeech.deployment import machine
 from omnispeech.deployment.findings import Finding, complaints
@@ -50,6 +52,8 @@ def unfinished(models: Path) -> Iterator[Finding]:
 
 
 def _finish(path: Path) -> str:
+    if fnmatch(path.name, PREPARED):
+        return "wait for the start that writes it"
     name = path.name.removeprefix(".").partition(".")[0]
     if name in COMMANDS:
         return f"go on with: {COMMANDS[name]} --models {path.parent}"

@@ -18,8 +18,13 @@ D_MODEL = 1280  # of the published encoder
 PIECE = 480_000  # samples heard at a time: 30 s, as long as a segment of the published encoder
 QUIETEST = 1e-7  # added to the variance, as the feature extractor of transformers does
 
-# Of training alone: with masking off the network has no tensor for it.
-SERVED = {"apply_spec_augment": False, "mask_time_prob": 0.0, "mask_feature_prob": 0.0}
+# Masking is of training alone: with it off the network has no tensor for it.
+SERVED = {
+    "apply_spec_augment": False,
+    "mask_time_prob": 0.0,
+    "mask_feature_prob": 0.0,
+    "return_dict": True,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +37,12 @@ class WavLMConfig:
     body: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        kernels, strides = self.kernels, self.strides
-        if len(kernels) != len(strides) or min((*kernels, *strides), default=0) < 1:
+        try:
+            kernels, strides, _ = self.kernels, self.strides, self.hidden_size
+            smallest = min((*kernels, *strides, 1))
+        except (TypeError, ValueError) as exc:
+            raise CheckpointError(f"the config of WavLM cannot be read: {exc}") from exc
+        if not kernels or len(kernels) != len(strides) or smallest < 1:
             raise CheckpointError(
                 f"conv_kernel={list(kernels)} and conv_stride={list(strides)} of WavLM; "
                 "allowed: equally many, each 1 or more"
@@ -151,7 +160,14 @@ def _build_body(raw: Mapping[str, Any]) -> nn.Module:
 
     try:
         body = WavLMModel(BodyConfig.from_dict({**raw, **SERVED}))
-    except (StrictDataclassError, KeyError, TypeError, ValueError) as exc:
+    except (
+        StrictDataclassError,
+        ArithmeticError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as exc:
         raise CheckpointError(f"no WavLM can be built from its config: {exc}") from exc
     remove_parametrizations(body.encoder.pos_conv_embed.conv, "weight")
     return body
