@@ -30,7 +30,7 @@ def _check_range(name: str, value: float, low: float, high: float) -> None:
         raise ConfigError(f"{name}={value}; allowed: {low} to {high}")
 
 
-def _check_url(name: str, url: str) -> None:
+def check_url(name: str, url: str) -> None:
     if url and not _is_url(url):
         raise ConfigError(f"{name}={url!r}; allowed: a URL such as http://10.0.0.2:21001")
 
@@ -153,8 +153,8 @@ class ServerConfig:
         _check_range("max_text_chars", self.max_text_chars, 1, 100_000_000)
         _check_range("keep_texts", self.keep_texts, 1, 1_000_000)
         _check_range("drain_s", self.drain_s, 0.0, 86_400.0)
-        _check_url("controller", self.controller)
-        _check_url("worker_address", self.worker_address)
+        check_url("controller", self.controller)
+        check_url("worker_address", self.worker_address)
         if self.controller and not self.worker_address and self.host in EVERY_ADDRESS:
             raise ConfigError(
                 f"host={self.host!r} is no address that the controller {self.controller} could "
@@ -216,7 +216,7 @@ class HubConfig:
 
     def __post_init__(self) -> None:
         _check_range("connections", self.connections, 1, 64)
-        _check_url("hub_endpoint", self.hub_endpoint)
+        check_url("hub_endpoint", self.hub_endpoint)
 
 
 Config = TypeVar(
@@ -249,6 +249,15 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
     check_names(values, str(path))
     return values
+
+
+def read_hub(flags: Mapping[str, Any], file: Path | None) -> HubConfig:
+    """flags, file: as for all settings.
+
+    HF_ENDPOINT is checked here: huggingface_hub fails at its import over some that are wrong.
+    """
+    check_url("HF_ENDPOINT", os.environ.get("HF_ENDPOINT", ""))
+    return build_config(HubConfig, flags, read_config_file(file) if file else {})
 
 
 def check_names(values: Mapping[str, Any], place: str) -> None:

@@ -1,6 +1,7 @@
 """`startup.py --once`: a worker of its own answers the shipped question; then all ends."""
 
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ END_S = 40.0  # a worker that does not end within it is killed
 def answer_once(command: Sequence[str], question: Path) -> int:
     """command: of the worker; its host and port are chosen here. Gives the exit status."""
     sound = read_sound(question)
+    past_proxies(HOST)
     port = free_port()
     with running([*command, "--host", HOST, "--port", str(port)]) as process:
         server = f"http://{HOST}:{port}"
@@ -38,6 +40,12 @@ def answer_once(command: Sequence[str], question: Path) -> int:
         if not answer.pcm:
             raise ServerError("the reply has no sound")
     return 0
+
+
+def past_proxies(host: str) -> None:
+    """Those of the environment are for what is not on this machine."""
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), host)))
 
 
 def free_port() -> int:

@@ -23,7 +23,7 @@ from omnispeech.checkpoint.models_directory import (
 )
 from omnispeech.checkpoint.wavlm_paths import WAVLM, is_wavlm, wavlm_paths
 from omnispeech.commands import serve
-from omnispeech.config import HubConfig, PlaceConfig, build_config, read_config_file
+from omnispeech.config import HubConfig, PlaceConfig, read_hub
 from omnispeech.download.models import known_model
 from omnispeech.download.present import is_ready
 from omnispeech.logs import log_to_stdout
@@ -56,7 +56,7 @@ def start(args: argparse.Namespace, *, given: Sequence[str], place: Path) -> int
     """
     log_to_stdout()
     settings = read_settings(vars(args), args.config)
-    hub = build_config(HubConfig, vars(args), read_config_file(args.config) if args.config else {})
+    hub = read_hub(vars(args), args.config)
     if not args.once:
         check_port(settings)
     signal.signal(signal.SIGTERM, _stop)  # process 1 of a container has no default for it
@@ -121,7 +121,8 @@ def needs_wavlm(base: Path, place: PlaceConfig) -> bool:
 def bring(names: Sequence[str], models: Path, place: PlaceConfig, hub: HubConfig) -> None:
     """Fetches those of `names` that are not there."""
     missing = [name for name in names if not is_ready(models / name)]
-    for name in [name for name in Manifest(models).names() if name in names]:
+    there = [name for name in names if name not in missing]
+    for name in [name for name in Manifest(models).names() if name in there]:
         tell_origin(models / name, hub)
     if not missing:
         return
@@ -139,12 +140,13 @@ def tell_origin(path: Path, hub: HubConfig) -> None:
     there = (made.get("repo", model.repo), made.get("revision", model.revision))
     if there != (model.repo, model.revision):
         logger.warning(
-            "%s is from %s, revision %s; for %s, revision %s, as set: %s --update",
+            "%s is from %s, revision %s; for %s, revision %s, as set: %s --update %s",
             path,
             *there,
             model.repo,
             model.revision,
             fetch_command(path.parent, path.name),
+            model.flags,
         )
 
 

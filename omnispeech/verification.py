@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from omnispeech.checkpoint.decoder import check_conversion
 from omnispeech.checkpoint.language import LanguageFiles
 from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.checkpoint.models_directory import (
     COMMANDS,
+    DECODER,
     EIGHT_BIT,
     OPENS2S,
     SPEECH_LMS,
@@ -19,6 +21,7 @@ from omnispeech.checkpoint.models_directory import (
     check_method,
     fetch_command,
     is_there,
+    make_command,
 )
 from omnispeech.checkpoint.opens2s import plan_opens2s
 from omnispeech.checkpoint.prepared import check_origin, prepared_entries
@@ -64,7 +67,7 @@ def verify(models: Path, names: Sequence[str], *, deep: bool = False) -> Iterato
 
 def _advice(models: Path, name: str) -> str:
     if name in COMMANDS:
-        return f" (to make it again: {COMMANDS[name]} --overwrite)"
+        return f" (to make it again: {make_command(models / name)} --overwrite)"
     if name in MODELS:
         return f" (to bring what it lacks, and enter it: {fetch_command(models, name)})"
     if name == BRIDGE:
@@ -83,10 +86,12 @@ def _verify(models: Path, name: str, *, deep: bool) -> str:
     if not is_there(models / name):
         raise CheckpointError(
             f"{models / name} is missing; if it was deleted on purpose: "
-            f"omnispeech forget --models {models} {name}"
+            f"omnispeech forget --models {shlex.quote(str(models))} {name}"
         )
     if deep:
         manifest.check(name, deep=True)
+        if name == DECODER:
+            check_conversion(models / name)
     else:
         check(manifest, name)
     if name in copies:
@@ -125,9 +130,7 @@ def _check_headers(path: Path) -> None:
     cpu = torch.device("cpu")
     plan = plan_opens2s(path, cpu)[0] if path.name == EIGHT_BIT else plan_causal_lm(path, cpu)
     if not plan.quantized:
-        raise CheckpointError(
-            f"{path} holds nothing quantized; make it with: {COMMANDS[path.name]}"
-        )
+        raise CheckpointError(f"{path} holds nothing quantized; make it with: {make_command(path)}")
     check_method(path)
     speech = path.name in SPEECH_LMS.values()
     if path.name != EIGHT_BIT and isinstance(plan.model, SpeechLM) != speech:

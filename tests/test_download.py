@@ -27,11 +27,13 @@ from download_models import (
     repositories,
     settings,
 )
-from hub_server import Hub, serving, wait_until
+from hub_server import Hub, serving, sibling, wait_until
 
 from omnispeech.checkpoint.manifest import FileRecord, Manifest
 from omnispeech.download.directory import fetch, fetch_all
+from omnispeech.download.hub import HubFile
 from omnispeech.download.models import MODELS
+from omnispeech.download.partial import Partial
 from omnispeech.download.retries import Patience
 from omnispeech.download.transfer import Content
 from omnispeech.errors import CheckpointError, ConfigError, Unavailable
@@ -128,6 +130,15 @@ def test_a_hub_that_gives_nothing_more_ends_the_fetch_and_what_came_is_kept(
     assert hub.sent["tokenizer.json"] == 2  # and what was whole is not fetched again
 
 
+def test_a_hub_that_sends_the_same_beginning_again_and_again_is_given_up(
+    hub: Hub, tmp_path: Path
+) -> None:
+    befall(hub, SHARD, cut_after=70_000, ignore_range=True, times=30)
+    with pytest.raises(Unavailable, match="4 attempts in a row"):
+        bring(hub, tmp_path)
+    assert hub.sent[SHARD] == 4 * 70_000
+
+
 def test_retry_after_is_waited_for(hub: Hub, tmp_path: Path) -> None:
     befall(hub, "/revision/", status=429, headers={"Retry-After": "1"}, times=1)
     began = time.monotonic()
@@ -183,7 +194,7 @@ def test_a_repository_of_another_model_is_refused_before_a_byte_of_it(
     assert not hub.sent
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "a//x", "..\\x"])
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "a//x", "..\\x", "a\0x", "a\nx"])
 def test_a_file_name_that_leaves_the_directory_is_refused(
     hub: Hub, tmp_path: Path, name: str
 ) -> None:
@@ -191,6 +202,32 @@ def test_a_file_name_that_leaves_the_directory_is_refused(
     with pytest.raises(ConfigError, match="file name"):
         bring(hub, tmp_path / "models")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_hash_that_leaves_the_directory_is_refused(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lying(path: str, content: bytes) -> dict[str, Any]:
+        item = sibling(path, content)
+        return item | (
+            {"lfs": item["lfs"] | {"sha256": "/../../../victim"}} if "lfs" in item else {}
+        )
+
+    (tmp_path / "victim").write_text("of another program")
+    monkeypatch.setattr("hub_server.sibling", lying)
+    with pytest.raises(ConfigError, match=r"hash '/../../../victim' of 'model-00001"):
+        bring(hub, tmp_path)
+    assert (tmp_path / "victim").read_text() == "of another program"
+
+
+@pytest.mark.parametrize("token", ["“hf_secret”", "hf_\x01secret"])
+def test_a_token_that_cannot_be_sent_is_told_and_not_shown(
+    hub: Hub, tmp_path: Path, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(ConfigError, match=r"HF_TOKEN.*holds a sign that no token has") as told:
+        bring(hub, tmp_path)
+    assert "secret" not in str(told.value) and not hub.requests
 
 
 def test_a_token_goes_to_the_hub_and_into_no_message(
@@ -500,6 +537,53 @@ def test_what_no_hub_made_is_never_replaced(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="made by 'omnispeech tiny' and comes from no hub"):
         bring(hub, tmp_path)
     assert not hub.requests
+
+
+def test_a_commit_that_the_hub_has_no_more_is_told_with_the_way_out(
+    hub: Hub, tmp_path: Path
+) -> None:
+    bring(hub, tmp_path)
+    changed(tmp_path / "OpenS2S/config.json")
+    hub.repositories[OPENS2S]["config.json"] = b'{"new": 1}'
+    with pytest.raises(ConfigError, match="no more, from which OpenS2S came.*--update goes to"):
+        bring(hub, tmp_path)
+    bring(hub, tmp_path, update=True)
+    assert found(tmp_path / "OpenS2S") == published(hub.repositories[OPENS2S])
+
+
+def test_a_directory_may_be_a_link(hub: Hub, tmp_path: Path) -> None:
+    elsewhere, models = tmp_path / "elsewhere", tmp_path / "models"
+    elsewhere.mkdir()
+    models.mkdir()
+    (models / "OpenS2S").symlink_to(elsewhere)
+    bring(hub, models)
+    assert found(elsewhere) == published(hub.repositories[OPENS2S])
+    assert beside(models) == {"OpenS2S", "omnispeech-manifest.json"}
+    Manifest(models).check("OpenS2S")
+
+
+def test_a_file_on_another_disk_is_mended(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def within_a_disk(source: Path, target: Path) -> None:
+        if source.parent != target.parent:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+        rename(source, target)
+
+    bring(hub, tmp_path)
+    changed(tmp_path / "OpenS2S" / SHARD)
+    rename = os.rename
+    keep = Partial.keep
+
+    def kept(self: Partial, file: HubFile, sha256: str) -> None:
+        keep(self, file, sha256)
+        monkeypatch.setattr(os, "replace", within_a_disk)
+
+    monkeypatch.setattr(Partial, "keep", kept)
+    bring(hub, tmp_path)
+    assert found(tmp_path / "OpenS2S") == published(hub.repositories[OPENS2S])
+    assert beside(tmp_path) == {"OpenS2S", "omnispeech-manifest.json"}
+    Manifest(tmp_path).check("OpenS2S")
 
 
 def test_a_place_that_cannot_be_written_is_told_before_the_hub_is_asked(

@@ -190,12 +190,12 @@ def test_an_empty_directory_is_not_entered(models: Path) -> None:
         ('{"format": 2, "entries": {}}', "has format 2; known: 1; .* or move the file away"),
         ('{"entries": {}}', "has format None; known: 1"),
         ('{"format": 1}', "is damaged"),
-        ('{"format": 1, "entries": []}', "is damaged"),
-        ('{"format": 1, "entries": {"awq": {}}}', "is damaged"),
         (
             '{"format": 1, "entries": {"awq": {"made": null, "entered": "", "files": {}}}}',
             "damaged",
         ),
+        ('{"format": 1, "entries": []}', "is damaged"),
+        ('{"format": 1, "entries": {"awq": {}}}', "is damaged"),
         ('{"format": 1, "entries": {"awq": {"made": {}, "entered": "", "files": 3}}}', "damaged"),
     ],
 )

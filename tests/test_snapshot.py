@@ -64,6 +64,17 @@ def test_what_is_settled_has_status_0(
     assert check(settled, capsys, "--llm", llm)[0] == 0
 
 
+def test_commands_hold_for_a_directory_with_spaces(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = models.rename(models.with_name("my models"))
+    (place / FILE_NAME).unlink()
+    (place / f"{AWQ}.partial").mkdir()
+    assert set(re.findall(r"--models (.*?models)", " ".join(wrong(check(place, capsys)[1])))) == {
+        f"'{place}"
+    }
+
+
 def test_it_says_so_in_the_last_line(settled: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["snapshot", "check", "--models", str(settled)])
     assert capsys.readouterr().out.endswith("an image taken now starts at once\n")
@@ -196,11 +207,14 @@ def test_a_gpu_on_which_nothing_has_run_is_not_settled(
     assert check(models, capsys)[0] == 0
 
 
-def test_old_caches_are_settled(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("age_s", [60, -3600], ids=["before", "by a clock that was set back"])
+def test_old_caches_are_settled(
+    models: Path, age_s: float, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = models / ".cache" / "kernel"
     path.parent.mkdir()
     path.touch()
-    os.utime(path, (time.time() - 60, time.time() - 60))
+    os.utime(path, (time.time() - age_s, time.time() - age_s))
     assert check(models, capsys)[0] == 0
 
 

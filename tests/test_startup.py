@@ -171,6 +171,17 @@ def test_what_is_wrong_is_refused_before_anything_is_fetched(
     assert not hub.requests
 
 
+@pytest.mark.parametrize(
+    "endpoint", ["huggingface.co", "http://[::1", "http://127.0.0.1:99999", "ftp://x", " "]
+)
+def test_an_endpoint_that_is_none_is_refused_before_anything_is_fetched(
+    hub: Hub, tmp_path: Path, endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(OmniSpeechError, match=r"HF_ENDPOINT='.*'; allowed: a URL"):
+        start(tmp_path)
+
+
 def test_a_flag_that_is_none_is_refused_with_status_2(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="2"):
         start(tmp_path, "--modles", "x")
@@ -245,6 +256,17 @@ def test_a_file_that_is_not_as_entered_is_named_with_the_command_that_mends_it(
     start(tmp_path)
 
 
+def test_a_conversion_with_other_numbers_is_found_by_a_deep_verification(
+    converted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["verify", "--models", str(converted), "--deep"]
+    assert cli.main(command) == 0
+    path = converted / NAMES[1] / "flow.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    assert cli.main(command) == 1
+    assert f"{path} does not hold the tensors of flow.pt: delete it" in capsys.readouterr().out
+
+
 def test_an_original_that_was_deleted_for_the_8_bit_model_is_not_fetched_again(
     hub: Hub, models: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -278,9 +300,15 @@ def test_settings_that_name_another_repository_than_the_one_there_are_told(
     start(tmp_path, "--opens2s-revision", "v2")
     assert (
         f"OpenS2S is from CASIA-LM/OpenS2S, revision main; for CASIA-LM/OpenS2S, revision v2, as "
-        f"set: omnispeech fetch OpenS2S --models {tmp_path} --update"
+        f"set: omnispeech fetch OpenS2S --models {tmp_path} --update "
+        "--opens2s-repo CASIA-LM/OpenS2S --opens2s-revision v2"
     ) in caplog.text
     assert not hub.requests
+    shutil.rmtree(tmp_path / "OpenS2S")
+    caplog.clear()
+    with pytest.raises(OmniSpeechError, match="its revision 'v2'"):
+        start(tmp_path, "--opens2s-revision", "v2")
+    assert "as set" not in caplog.text  # what is gone is from nowhere
 
 
 def test_a_wavlm_is_fetched_where_one_is_asked_for(
@@ -354,7 +382,11 @@ def test_a_stop_signal_while_fetching_ends_at_once_and_keeps_what_came(
     assert [where for path, where in hub.requests if SHARD in path][-1].startswith("bytes=")
 
 
-def test_once_answers_the_shipped_question_and_ends(hub: Hub, converted: Path) -> None:
+@pytest.mark.parametrize("proxy", ["", "http://127.0.0.1:9"])
+def test_once_answers_the_shipped_question_and_ends(
+    hub: Hub, converted: Path, proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", proxy)  # for what is not on this machine
     process = program(converted, "--once", "--max-new-tokens", "12")
     shown, _ = process.communicate(timeout=120)
     assert process.returncode == 0

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from omnispeech.checkpoint.decoder_config import read_config
 from omnispeech.checkpoint.files import assign_weights, build_on_meta
 from omnispeech.checkpoint.pickles import is_current, read_conversion, read_pickle, write_conversion
+from omnispeech.errors import CheckpointError
 from omnispeech.models.flow import Flow
 from omnispeech.models.hift import HiFT
 from omnispeech.models.speech_decoder import SpeechDecoder
@@ -29,6 +30,26 @@ def load_decoder(
     flow = _load(lambda: Flow(flow_config), directory / "flow.pt", device, convert)
     hift = _load(lambda: HiFT(hift_config), directory / "hift.pt", device, convert)
     return SpeechDecoder(flow, hift)
+
+
+def check_conversion(directory: Path) -> None:
+    """Raises CheckpointError for a conversion that holds other tensors than its pickle.
+
+    One of an older pickle is made again by whoever loads it.
+    """
+    for pickled in (directory / "flow.pt", directory / "hift.pt"):
+        converted = pickled.with_suffix(".safetensors")
+        if not pickled.exists() or not is_current(converted, pickled):
+            continue
+        wanted, found = convert_weights(read_pickle(pickled)), read_conversion(converted)
+        same = wanted.keys() == found.keys() and all(
+            torch.equal(wanted[name], found[name]) for name in wanted
+        )
+        if not same:
+            raise CheckpointError(
+                f"{converted} does not hold the tensors of {pickled.name}: delete it, the next "
+                "start converts again"
+            )
 
 
 def _load(

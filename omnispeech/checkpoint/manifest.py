@@ -193,7 +193,7 @@ class Manifest:
             )
         try:
             return {name: _entry(value) for name, value in raw["entries"].items()}
-        except (KeyError, TypeError, AttributeError) as exc:
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise CheckpointError(
                 f"{self.path} is damaged: {exc!r}; delete it and run `omnispeech verify`"
             ) from exc

@@ -106,8 +106,8 @@ def _best(directory: Path) -> str:
         if name in entered:
             raise CheckpointError(
                 f"{directory / name} is missing, but the manifest knows it; choose another with "
-                f"--llm, make it again with: {COMMANDS[name]}, or let it go with: "
-                f"omnispeech forget --models {directory} {name}"
+                f"--llm, make it again with: {make_command(directory / name)}, or let it go with: "
+                f"omnispeech forget --models {shlex.quote(str(directory))} {name}"
             )
     return "bf16"
 
@@ -155,15 +155,16 @@ def _need(directory: Path, name: str) -> Path:
 def _verified(directory: Path, name: str) -> Path:
     """A quantized directory, if it is as it was when it was finished, or holds equal bytes."""
     if not is_there(directory / name):
-        raise CheckpointError(f"{directory / name} is missing; make it with: {COMMANDS[name]}")
+        command = make_command(directory / name)
+        raise CheckpointError(f"{directory / name} is missing; make it with: {command}")
     manifest = Manifest(directory)
     manifest.names()  # what is wrong with the manifest itself is no matter of one model
     try:
         check(manifest, name)
     except CheckpointError as exc:
         raise CheckpointError(
-            f"{exc} (to check: omnispeech verify --models {directory} {name}; to make it again: "
-            f"{COMMANDS[name]} --overwrite)"
+            f"{exc} (to check: {verify_command(directory, name)}; to make it again: "
+            f"{make_command(directory / name)} --overwrite)"
         ) from exc
     check_method(directory / name)
     return directory / name
@@ -205,12 +206,21 @@ def fetch_command(directory: Path, name: str) -> str:
     return f"omnispeech fetch {name} --models {shlex.quote(str(directory))}"
 
 
+def verify_command(directory: Path, name: str) -> str:
+    return f"omnispeech verify --models {shlex.quote(str(directory))} {name}"
+
+
+def make_command(path: Path) -> str:
+    """What makes a quantized directory."""
+    return f"{COMMANDS[path.name]} --models {shlex.quote(str(path.parent))}"
+
+
 def bring_again(directory: Path) -> str:
     """What to do about a directory whose files are damaged."""
     if directory.name in (OPENS2S, DECODER, WAVLM):
         return f"mend it with: {fetch_command(directory.parent, directory.name)}"
     if directory.name in COMMANDS:
-        return f"make it again with: {COMMANDS[directory.name]} --overwrite"
+        return f"make it again with: {make_command(directory)} --overwrite"
     return "fetch it again"
 
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from omnispeech.commands import serve
-from omnispeech.config import HubConfig, build_config, read_config_file
+from omnispeech.config import HubConfig, read_hub
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,6 @@ def run(args: argparse.Namespace) -> int:
     from omnispeech.deployment.findings import as_json, as_text, good
     from omnispeech.service import read_settings
 
-    hub = build_config(HubConfig, vars(args), read_config_file(args.config) if args.config else {})
-    findings = examine(read_settings(vars(args), args.config), hub)
+    findings = examine(read_settings(vars(args), args.config), read_hub(vars(args), args.config))
     sys.stdout.write(f"{as_json(findings)}\n" if args.json else as_text(findings))
     return 0 if good(findings) else 1

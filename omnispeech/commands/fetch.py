@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omnispeech.commands.models_flag import add_models, models_directory
 from omnispeech.commands.serve import add_settings
-from omnispeech.config import HubConfig, build_config, read_config_file
+from omnispeech.config import HubConfig, read_hub
 from omnispeech.logs import log_to_stdout
 
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
     log_to_stdout()
     names = [name.rstrip("/") for name in args.names] or [OPENS2S, DECODER]
-    hub = build_config(HubConfig, vars(args), read_config_file(args.config) if args.config else {})
+    hub = read_hub(vars(args), args.config)
     for path in fetch_all(names, models_directory(args), hub, update=args.update):
         sys.stdout.write(f"{path}: whole\n")
     return 0

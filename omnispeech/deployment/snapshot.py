@@ -7,6 +7,7 @@ and nothing is being written. Looks only: no byte is written, not even the manif
 import fcntl
 import os
 import re
+import shlex
 import time
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -15,7 +16,13 @@ from pathlib import Path
 from omnispeech.caches import DIRECTORY, GPU, cache_directory
 from omnispeech.checkpoint.files import size_text
 from omnispeech.checkpoint.manifest import FILE_NAME, Manifest
-from omnispeech.checkpoint.models_directory import COMMANDS, Sources, fetch_command
+from omnispeech.checkpoint.models_directory import (
+    COMMANDS,
+    Sources,
+    fetch_command,
+    make_command,
+    verify_command,
+)
 from omnispeech.checkpoint.prepared import PREPARED
 from omnispeech.config import PlaceConfig
 from omnispeech.deployment import machine
@@ -56,7 +63,7 @@ def _finish(path: Path) -> str:
         return "wait for the start that writes it"
     name = path.name.removeprefix(".").partition(".")[0]
     if name in COMMANDS:
-        return f"go on with: {COMMANDS[name]} --models {path.parent}"
+        return f"go on with: {make_command(path.with_name(name))}"
     if name in MODELS:
         return f"go on with: {fetch_command(path.parent, name)}"
     return "wait for what writes it"
@@ -92,10 +99,13 @@ def not_entered(models: Path) -> Iterator[Finding]:
     entered = Manifest(models).names()
     for name in (*MODELS, *COMMANDS):
         if name not in entered and (models / name).is_dir():
-            verify = f"omnispeech verify --models {models} {name}"
-            command = verify if name in COMMANDS else f"python startup.py --models {models} --once"
+            command = verify_command(models, name) if name in COMMANDS else start_command(models)
             words = f"{models / name} is not in {FILE_NAME}; check and enter it with: {command}"
             yield Finding("wrong", "manifest", words)
+
+
+def start_command(models: Path) -> str:
+    return f"python startup.py --models {shlex.quote(str(models))} --once"
 
 
 def undone(sources: Sources, place: PlaceConfig) -> list[Finding]:
@@ -106,7 +116,7 @@ def undone(sources: Sources, place: PlaceConfig) -> list[Finding]:
     with complaints("repacking", findings):
         target = machine.choose_target(place)
         findings += preparation(sources, target, prepare=place.prepare)
-    settle = f"start it once with: python startup.py --models {place.models} --once"
+    settle = f"start it once with: {start_command(Path(place.models))}"
     return [
         Finding("wrong", f.topic, f"{f.words}; {settle}") if f.level == "note" else f
         for f in findings
@@ -120,7 +130,7 @@ def caches(models: Path) -> Iterator[Finding]:
         yield Finding("wrong", "caches", f"{words}: start one until it is ready")
     now = time.time()
     files = [path for path in (models / DIRECTORY).rglob("*") if path.is_file()]
-    if fresh := [path for path in files if now - path.stat().st_mtime < QUIET_S]:
+    if fresh := [path for path in files if abs(now - path.stat().st_mtime) < QUIET_S]:
         words = f"{fresh[0]} was written less than {QUIET_S:.0f} s ago; wait and ask again"
         yield Finding("wrong", "caches", words)
 

@@ -14,6 +14,7 @@ from omnispeech.checkpoint.models_directory import (
     OPENS2S,
     Sources,
     fetch_command,
+    make_command,
 )
 from omnispeech.checkpoint.pickles import is_current
 from omnispeech.checkpoint.prepared import Machine, find_prepared
@@ -72,7 +73,7 @@ def changes(models: Path, names: Iterable[str]) -> Iterator[Finding]:
 def mend(path: Path) -> str:
     """The command that makes or brings a directory again, where there is one."""
     if path.name in COMMANDS:
-        return f" (to make it again: {COMMANDS[path.name]} --models {path.parent} --overwrite)"
+        return f" (to make it again: {make_command(path)} --overwrite)"
     return f" (to mend it: {fetch_command(path.parent, path.name)})" if path.name in MODELS else ""
 
 

@@ -20,7 +20,7 @@ from omnispeech.download.progress import Progress
 from omnispeech.download.retries import Patience, Retries
 from omnispeech.download.transfer import Transfer
 from omnispeech.download.verification import matches
-from omnispeech.errors import CheckpointError
+from omnispeech.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,11 @@ def _listing(source: Hub, model: Model, commit: str, patience: Patience) -> List
         try:
             return source.listing(model, commit)
         except FAILURES as exc:
+            if commit and source.is_missing(exc):
+                raise ConfigError(
+                    f"{model.repo} at {source.endpoint} has commit {commit} no more, from which "
+                    f"{model.name} came (404): --update goes to what {model.revision!r} names now"
+                ) from exc
             retries.failed(exc, model.repo)
 
 

@@ -1,6 +1,7 @@
 """The hub as `huggingface_hub` speaks to it: what a repository holds, and the bytes of a file."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from fnmatch import fnmatch
 from pathlib import PurePosixPath
 from typing import Any
 
-from huggingface_hub import HfApi, constants, get_session, hf_hub_url
+from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import (  # type: ignore[attr-defined]
     build_hf_headers,
@@ -19,6 +20,7 @@ from omnispeech.download.models import Model
 from omnispeech.errors import CheckpointError, ConfigError, OmniSpeechError, Unavailable
 
 TRUE = ("1", "on", "yes", "true")
+HASH = "[0-9a-f]{40}|[0-9a-f]{64}"  # SHA-1 or SHA-256
 PASSING = (408, 425, 429)  # and 500 to 599: another attempt may succeed
 
 # the error above that of a status: httpx.HTTPError, whichever httpx the library is built on
@@ -62,8 +64,12 @@ class Listing:
 class Hub:
     def __init__(self, endpoint: str = "") -> None:
         """endpoint: else HF_ENDPOINT, else the hub of the library. The token is the library's:
-        HF_TOKEN, else that of `hf auth login`; it goes to the endpoint and nowhere else."""
+        HF_TOKEN, else that of `hf auth login`; it goes to the endpoint and nowhere else.
+
+        Raises ConfigError for what can be no token.
+        """
         chosen = endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
+        _check_token(get_token() or "")
         self.endpoint = chosen.rstrip("/")
         self._api = HfApi(endpoint=self.endpoint)
 
@@ -114,6 +120,9 @@ class Hub:
         status = _status(error)
         return status is None or status in PASSING or status >= 500
 
+    def is_missing(self, error: Exception) -> bool:
+        return _status(error) == 404
+
     def refusal(self, error: Exception, model: Model) -> OmniSpeechError:
         """What `error` means for whoever asked for `model`, and what to do."""
         status, name = _status(error), model.name
@@ -123,7 +132,7 @@ class Hub:
         if status == 401:
             return ConfigError(
                 f"{what} is not given to this user (401): set HF_TOKEN to a token that is valid "
-                f"and may read it, and check the name of the repository ({_setting(model)})"
+                f"and may read it, and check the name of the repository ({model.flags})"
             )
         if status == 403:
             return ConfigError(
@@ -133,7 +142,7 @@ class Hub:
         if status == 404:
             return ConfigError(
                 f"{what} is not there, or not its revision {model.revision!r} (404): check "
-                f"{_setting(model)}; a private repository needs HF_TOKEN"
+                f"{model.flags}; a private repository needs HF_TOKEN"
             )
         if status is None or self.passes(error):
             return Unavailable(f"{what} cannot be fetched: {reason(error)}")
@@ -172,21 +181,29 @@ def _status(error: Exception) -> int | None:
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
-def _setting(model: Model) -> str:
-    name = {"OpenS2S": "opens2s", "glm-4-voice-decoder": "decoder"}.get(model.name, "wavlm")
-    return f"--{name}-repo {model.repo}, --{name}-revision {model.revision}"
+def _check_token(token: str) -> None:
+    """An error of whoever sends it would show it."""
+    if not (token.isascii() and token.isprintable()):
+        raise ConfigError(
+            "the token (HF_TOKEN, or that of `hf auth login`) holds a sign that no token has, "
+            "such as a typographic quote: set it again"
+        )
 
 
 def _file(sibling: Any) -> HubFile:
     path, large = str(sibling.rfilename), sibling.lfs
-    if PurePosixPath(path).is_absolute() or {"..", ""} & set(path.split("/")) or "\\" in path:
+    leaves = PurePosixPath(path).is_absolute() or {"..", ""} & set(path.split("/"))
+    if leaves or "\\" in path or not path.isprintable():
         raise ValueError(f"file name {path!r}")
-    return HubFile(
+    file = HubFile(
         path=path,
         size=int(large.size if large else sibling.size),
         blob_id=str(sibling.blob_id),
         sha256=str(large.sha256) if large else None,
     )
+    if not re.fullmatch(HASH, file.hash):  # it becomes a part of a file's name
+        raise ValueError(f"hash {file.hash!r} of {path!r}")
+    return file
 
 
 def _wanted(model: Model, commit: str, files: tuple[HubFile, ...]) -> Listing:
@@ -200,6 +217,6 @@ def _wanted(model: Model, commit: str, files: tuple[HubFile, ...]) -> Listing:
     if missing := [path for path in model.needed if path not in {f.path for f in chosen}]:
         raise CheckpointError(
             f"{model.repo} at revision {model.revision!r} has no {missing[0]}: it is no "
-            f"{model.name}; check {_setting(model)}"
+            f"{model.name}; check {model.flags}"
         )
     return Listing(model, commit, chosen)

@@ -1,5 +1,6 @@
 """What is fetched: one repository becomes one directory of the models directory."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -18,6 +19,13 @@ class Model:
     patterns: tuple[str, ...]  # of the paths that are fetched, as a shell writes them
     needed: tuple[str, ...]  # paths without which it is another model
     size: int  # bytes on disk, about; the exact size is known when the hub was asked
+
+    @property
+    def flags(self) -> str:
+        """Settings that name its repository and revision, for a command line."""
+        name = {OPENS2S: "opens2s", DECODER: "decoder", WAVLM: "wavlm"}[self.name]
+        repo, revision = shlex.quote(self.repo), shlex.quote(self.revision)
+        return f"--{name}-repo {repo} --{name}-revision {revision}"
 
 
 def models(hub: HubConfig) -> Mapping[str, Model]:

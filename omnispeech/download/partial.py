@@ -5,6 +5,7 @@ incomplete/  on their way, under name and hash: a changed file never continues a
 record.json  which files are verified, against which hash; nothing is hashed twice
 """
 
+import errno
 import json
 import logging
 import os
@@ -101,7 +102,7 @@ class Partial:
         there = all(_unchanged(self.target / p, self._kept[p].record) for p in others)
         if self._made is None or not there:
             return False
-        if _empty(self.target):
+        if _empty(self.target) and not _leads_elsewhere(self.target):
             for folder in (self._files, *self._files.rglob("*/")):
                 sync(folder)
             os.replace(self._files, self.target)
@@ -124,7 +125,7 @@ class Partial:
         for path in paths:
             place = self.target / path
             place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self._files / path, place)
+            _move(self._files / path, place)
             sync(place.parent)
 
     def _remove(self) -> None:
@@ -163,6 +164,27 @@ def _unchanged(path: Path, record: FileRecord) -> bool:
 
 def _empty(directory: Path) -> bool:
     return not directory.exists() or not any(directory.iterdir())
+
+
+def _leads_elsewhere(directory: Path) -> bool:
+    """A link, or where a disk is mounted: no directory can take its place."""
+    return directory.is_symlink() or os.path.ismount(directory)
+
+
+def _move(source: Path, place: Path) -> None:
+    """Also to another disk."""
+    try:
+        os.replace(source, place)
+    except OSError as exc:
+        if exc.errno != errno.EXDEV:
+            raise
+        replace_file(place, lambda path: _copy(source, path))
+        source.unlink()
+
+
+def _copy(source: Path, target: Path) -> None:
+    """With its time, by which it is known."""
+    shutil.copy2(source, target)
 
 
 def _write_text(path: Path, text: str) -> None:

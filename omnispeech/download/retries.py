@@ -19,7 +19,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    failures: int = 10  # in a row, without a byte in between: about five minutes
+    failures: int = 10  # in a row, without a new byte in between: about five minutes
     first_s: float = 1.0
     longest_s: float = 60.0
 
@@ -33,10 +33,12 @@ class Retries:
     def __init__(self, hub: Hub, model: Model, patience: Patience, stop: threading.Event) -> None:
         self._hub, self._model = hub, model
         self._patience, self._stop = patience, stop
-        self._failures = 0
+        self._failures = self._furthest = 0
 
-    def progressed(self) -> None:
-        self._failures = 0
+    def reached(self, size: int) -> None:
+        """size: bytes that are here. Those that were here before are no progress."""
+        if size > self._furthest:
+            self._furthest, self._failures = size, 0
 
     def failed(self, error: Exception, what: str) -> None:
         """Waits; raises what `error` means if it does not pass, or came too often."""

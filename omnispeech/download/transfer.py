@@ -93,7 +93,7 @@ class Transfer:
             for piece in pieces:
                 content.add(piece)
                 self._progress.add(len(piece))
-                retries.progressed()
+                retries.reached(content.size)
                 if self._stop.is_set():
                     raise Stopped
                 if content.size > file.size:
