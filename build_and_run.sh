@@ -180,5 +180,6 @@ if [ "$action" = stop ]; then
     exit
 fi
 check_options
+models=${models/#'~/'/$HOME/} # quoted, or of a file that no shell has read
 [ -z "$models" ] || [[ $models == /* ]] || models=$caller/$models
 if [ "$action" = local ]; then serve_locally; else serve_in_container; fi

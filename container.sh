@@ -6,6 +6,15 @@ CONTAINER=opens2s-server
 # of this machine alone: inside the container they are what the image says
 NOT_PASSED=' OMNISPEECH_MODELS OMNISPEECH_HOST OMNISPEECH_PORT OMNISPEECH_SERVER OMNISPEECH_VENV '
 
+# What Docker would refuse, or misread, when the old server is gone already.
+check_values() {
+    [[ $models != *:* ]] || fail "--models '$models'; Docker takes no path with a colon"
+    [[ $listen =~ ^[0-9]+(\.[0-9]+){3}$ ]] ||
+        fail "--listen '$listen'; allowed: an IPv4 address of this machine, or 0.0.0.0"
+    [[ $drain =~ ^[0-9]+(\.[0-9]*)?$ ]] ||
+        fail "OMNISPEECH_DRAIN_S='$drain'; allowed: seconds, such as 90"
+}
+
 check_controller() {
     [ -n "$controller" ] || return 0
     [ -n "$worker_address" ] || fail "--controller needs --worker-address, the URL of this server" \
@@ -56,8 +65,8 @@ build_image() {
 make_models_directory() {
     mkdir -p "$models" || fail "cannot make $models; name another directory with --models"
     local mine other
-    mine=$(stat -c %u:%g "$models")
-    other=$(find "$models" -mindepth 1 -maxdepth 1 ! -user "${mine%:*}" ! -name lost+found -print -quit)
+    mine=$(stat -Lc %u:%g "$models") # of what a link leads to
+    other=$(find "$models/" -mindepth 1 -maxdepth 1 ! -user "${mine%:*}" ! -name lost+found -print -quit)
     [ -z "$other" ] || echo "warning: $other does not belong to the owner of $models, as whom the" \
         "server runs; if it cannot write there: sudo chown -R $mine $models" >&2
     # in a rootless daemon, root of the container is the user of this machine
@@ -115,14 +124,19 @@ quantize_llm() {
     run_once python3 /app/quantize_llm_awq.py
 }
 
+# Status 1: it failed. Ctrl-C ends all of it, and not this step alone.
 run_once() {
-    local terminal=()
+    local terminal=() status=0
     [ ! -t 1 ] || terminal=(--tty)
-    docker run --rm --name "$CONTAINER-quantizer" "${terminal[@]}" "${arguments[@]}" "$image" "$@"
+    docker rm --force "$CONTAINER-quantizer" >/dev/null 2>&1 || true # of a terminal that was closed
+    docker run --rm --name "$CONTAINER-quantizer" "${terminal[@]}" "${arguments[@]}" "$image" "$@" ||
+        status=$?
+    [ "$status" -ne 130 ] || fail "stopped; no server is running now, ./build_and_run.sh starts one"
+    return $((status > 0))
 }
 
 run_container() {
-    local drain=${OMNISPEECH_DRAIN_S:-30} registered=()
+    local registered=()
     # nothing listens on a port of its own for the controller: the worker calls it
     [ -z "$controller" ] || registered=(
         --env "OMNISPEECH_CONTROLLER=$controller"
@@ -130,10 +144,11 @@ run_container() {
         --add-host host.docker.internal:host-gateway
     )
     # stopped by force only when replies under way had their time
-    docker run --detach --name "$CONTAINER" --stop-timeout $((${drain%.*} + 15)) \
+    docker run --detach --name "$CONTAINER" --stop-timeout $((10#${drain%.*} + 15)) \
         --restart "$restart_policy" --publish "$listen:$port:8000" \
         "${arguments[@]}" "${registered[@]}" "$image" >/dev/null && return
-    docker rm --force "$CONTAINER" >/dev/null 2>&1 || true
+    # not by force: under this name another call of the script may have started a server meanwhile
+    docker rm "$CONTAINER" >/dev/null 2>&1 || true
     fail "the container did not start; Docker's reason stands above"
 }
 
@@ -162,7 +177,8 @@ wait_until_ready() {
 check_running() {
     local state
     state=$(docker container inspect \
-        --format '{{.State.Running}} {{.RestartCount}} {{.State.ExitCode}}' "$CONTAINER")
+        --format '{{.State.Running}} {{.RestartCount}} {{.State.ExitCode}}' "$CONTAINER") ||
+        fail "the container is gone: it was removed meanwhile, or Docker was stopped"
     [[ $state == "true 0 "* ]] && return
     docker stop "$CONTAINER" >/dev/null # it would be started again and again
     echo "the last lines of its log:" >&2
@@ -191,10 +207,11 @@ TEXT
 }
 
 serve_in_container() {
-    models=${models:-$HOME/models} image=omnispeech:server${cpu:+-cpu}
+    models=${models:-$HOME/models} drain=${OMNISPEECH_DRAIN_S:-30} image=omnispeech:server${cpu:+-cpu}
     # where the server is asked from here
     address=$listen
     [ "$listen" != 0.0.0.0 ] || address=127.0.0.1
+    check_values
     check_controller
     require_container_runtime
     make_models_directory

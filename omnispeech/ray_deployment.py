@@ -30,7 +30,7 @@ from omnispeech.errors import ConfigError, GenerationError
 from omnispeech.server.app import create_app
 from omnispeech.server.http import listen
 from omnispeech.server.one_of_many import Answer, OneOfMany
-from omnispeech.service import Settings, build_worker, settings_of
+from omnispeech.service import Settings, build_worker, find_sources, settings_of
 
 try:
     import ray
@@ -195,6 +195,9 @@ def serve_options(engine: EngineConfig, scale: ScaleConfig, most: int) -> dict[s
 
 def serve_until_stopped(settings: Settings, scale: ScaleConfig) -> int:
     """`omnispeech scale`: the exit status. A signal lets conversations end, a second ends them."""
+    check_server(settings.server)
+    if scale.ray_address == "local":
+        find_sources(settings.place)  # Ray would tell it after a minute, and at length
     with cluster(settings, scale):
         # Ray's own handler, set by now, would leave at once
         signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -1,8 +1,9 @@
 """What stands for `docker` in the tests of build_and_run.sh: keeps one container in a directory.
 
 Called as a program: FAKE_DOCKER names the directory. Files there say how things go: `info` what the
-daemon says, `no-daemon` that it does not answer, `build-fails`, `run-fails`, `dies` with the exit
-status of a server, `quantizer-fails`. Every call is a line of `calls`.
+daemon says, `no-daemon` that it does not answer, `build-fails`, `run-fails`, `name-taken` by a
+container of another call, `gone` is a container that was there, `dies` with the exit status of a
+server, `quantizer-fails` with the status in it. Every call is a line of `calls`.
 """
 
 import json
@@ -40,7 +41,7 @@ def port(_: list[str]) -> int:
 
 
 def inspect(arguments: list[str]) -> int:
-    if not (STATE / "container").exists():
+    if not (STATE / "container").exists() or (STATE / "gone").exists():
         return 1
     state = container()
     if "--format" in arguments and "RestartCount" in arguments[arguments.index("--format") + 1]:
@@ -57,7 +58,12 @@ def stop(_: list[str]) -> int:
     return 0
 
 
-def rm(_: list[str]) -> int:
+def rm(arguments: list[str]) -> int:
+    if arguments[-1] != "opens2s-server":
+        return 1
+    if container().get("running") == "true" and "--force" not in arguments:
+        sys.stderr.write("cannot remove a running container\n")
+        return 1
     (STATE / "container").unlink(missing_ok=True)
     return 0
 
@@ -68,7 +74,12 @@ def logs(arguments: list[str]) -> int:
 
 def run(arguments: list[str]) -> int:
     if "--detach" not in arguments:
-        return int((STATE / "quantizer-fails").exists())
+        path = STATE / "quantizer-fails"
+        return int(path.read_text() or 1) if path.exists() else 0
+    if (STATE / "name-taken").exists():
+        keep({"running": "true", "restarts": 0, "status": 0})
+        sys.stderr.write("docker: the container name is already in use\n")
+        return 125
     keep({"running": "false", "restarts": 0, "status": 0})  # Docker makes it before it starts it
     if (STATE / "run-fails").exists():
         sys.stderr.write("docker: port is already allocated\n")

@@ -170,6 +170,21 @@ def test_the_server_runs_as_the_owner_of_the_models(machine: Machine) -> None:
     assert machine.value("--user") == f"{there.st_uid}:{there.st_gid}"
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="gives a file to another user")
+def test_behind_a_link_the_owner_is_that_of_the_directory(machine: Machine) -> None:
+    (machine.place / "disk/OpenS2S").mkdir(parents=True)
+    os.chown(machine.place / "disk", 1234, 1235)
+    (machine.home / "models").symlink_to(machine.place / "disk")
+    ran = machine.start()
+    assert machine.value("--user") == "1234:1235"
+    assert f"sudo chown -R 1234:1235 {machine.home}/models" in ran.stderr
+
+
+def test_a_quoted_tilde_is_the_home_directory(machine: Machine) -> None:
+    machine.start("--models", "~/my models")
+    assert machine.value("--volume") == f"{machine.home}/my models:/models"
+
+
 def test_in_a_rootless_daemon_the_user_of_this_machine_is_root(machine: Machine) -> None:
     machine.says("info", fake_docker.RUNTIMES + " [name=rootless]")
     machine.start()
@@ -195,6 +210,15 @@ def test_settings_and_tokens_reach_the_server_by_name(machine: Machine) -> None:
 def test_replies_under_way_have_their_time_when_the_container_is_stopped(machine: Machine) -> None:
     machine.start(OMNISPEECH_DRAIN_S="90.5")
     assert int(machine.value("--stop-timeout")) > 91
+    machine.start(OMNISPEECH_DRAIN_S="08")
+    assert machine.value("--stop-timeout") == "23"
+
+
+def test_a_wrong_time_for_replies_leaves_the_old_server_alone(machine: Machine) -> None:
+    machine.start()
+    ran = machine.start(OMNISPEECH_DRAIN_S="1e3")
+    assert ran.returncode == 1 and "OMNISPEECH_DRAIN_S='1e3'; allowed" in ran.stderr
+    assert machine.called() == ["build", "run"]
 
 
 def without(machine: Machine, what: str) -> None:
@@ -257,6 +281,19 @@ def test_a_container_that_does_not_start_is_removed(machine: Machine) -> None:
     assert machine.called() == ["build", "run", "rm"]
 
 
+def test_a_server_that_another_call_started_meanwhile_is_left_alone(machine: Machine) -> None:
+    machine.says("name-taken")
+    ran = machine.start()
+    assert ran.returncode == 1 and "already in use" in ran.stderr
+    assert json.loads((machine.place / "container").read_text())["running"] == "true"
+
+
+def test_a_container_that_goes_while_it_starts_is_missed(machine: Machine) -> None:
+    machine.says("gone")
+    ran = machine.start()
+    assert ran.returncode == 1 and "the container is gone" in ran.stderr
+
+
 def test_a_server_that_ends_is_told_with_the_end_of_its_log(machine: Machine) -> None:
     machine.says("dies", "3")
     ran = machine.start()
@@ -283,9 +320,11 @@ def test_quantizing_has_the_gpu_to_itself(machine: Machine) -> None:
     machine.start()
     ran = machine.start("--quantize")
     assert ran.returncode == 0, ran.stderr
-    assert machine.called()[2:] == ["build", "stop", "rm", "run", "run"]
+    assert machine.called()[2:] == ["build", "stop", "rm", "rm", "run", "run"]
     quantizer = [call for call in machine.calls if call[0] == "run"][1]
     assert quantizer[-2:] == ["python3", "/app/quantize_llm_awq.py"] and "--rm" in quantizer
+    left = [call for call in machine.calls if call[0] == "rm"][-1]
+    assert left[-1] == "opens2s-server-quantizer" == quantizer[quantizer.index("--name") + 1]
     for option in ("--gpus", "--user", "--volume"):
         assert quantizer[quantizer.index(option) + 1] == machine.value(option)
 
@@ -295,6 +334,13 @@ def test_the_server_is_back_when_quantizing_has_failed(machine: Machine) -> None
     ran = machine.start("--quantize")
     assert ran.returncode == 1 and "was not quantized" in ran.stderr
     assert "The server is ready" in ran.stdout
+
+
+def test_ctrl_c_while_quantizing_starts_no_server(machine: Machine) -> None:
+    machine.says("quantizer-fails", "130")
+    ran = machine.start("--quantize")
+    assert ran.returncode == 1 and "no server is running now" in ran.stderr
+    assert machine.called().count("run") == 1 and "--detach" not in machine.calls[-1]
 
 
 def test_a_controller_is_told_where_this_server_is(machine: Machine) -> None:
@@ -322,6 +368,9 @@ def test_a_controller_is_told_where_this_server_is(machine: Machine) -> None:
         (("--cpu", "--gpus", "all"), "contradict"),
         (("--gpus",), "--gpus needs a value"),
         (("--port", "x"), "allowed: 1 to 65535"),
+        (("--models", "a:b"), "no path with a colon"),
+        (("--listen", "[::1]"), "an IPv4 address"),
+        (("--listen", "localhost"), "an IPv4 address"),
     ],
 )
 def test_what_has_no_effect_is_refused(

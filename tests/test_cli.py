@@ -18,6 +18,8 @@ from quantized_models import quantize_language_model, quantize_opens2s
 
 from omnispeech import __version__
 from omnispeech.cli import main, worker
+from omnispeech.config import ServerConfig
+from omnispeech.server.door import listen
 
 ROOT = Path(__file__).parent.parent
 QUESTION = ROOT / "examples" / "question.wav"
@@ -213,6 +215,12 @@ def test_a_wrong_setting_is_one_clear_line(
     error = capsys.readouterr().err
     assert message.replace("MODELS", str(models)) in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_every_address_means_those_of_ipv4_too() -> None:
+    with listen(ServerConfig(host="::", port=0)) as door:
+        socket.create_connection(("127.0.0.1", door.getsockname()[1]), timeout=5).close()
 
 
 def test_a_port_in_use_is_one_clear_line_before_anything_is_loaded(

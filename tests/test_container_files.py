@@ -98,7 +98,7 @@ def as_owner(tmp_path: Path, user: int, owner: int) -> str:
     """What the entry point runs, as user `user`, where the models belong to `owner`."""
     for name, line in {
         "id": f"echo {user}",
-        "stat": f'case "$2" in %u) echo {owner};; %g) echo {owner + 1};; esac',
+        "stat": f'case "$*" in "-Lc %u "*) echo {owner};; "-Lc %g "*) echo {owner + 1};; esac',
         "setpriv": 'echo "setpriv $*"',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")

@@ -271,6 +271,7 @@ async def test_a_lasting_failure_is_one_warning_and_its_end_one_line(
         ({"status_code": 200, "html": "<p>hello</p>"}, "its answer is not that of a controller"),
         ({"status_code": 200, "content": b""}, "its answer is not that of a controller"),
         ({"status_code": 200, "content": b"\xff"}, "its answer is not that of a controller"),
+        ({"status_code": 200, "content": b"[" * 50_000}, "its answer is not that of a controller"),
     ],
 )
 async def test_wrong_answers_are_told_and_do_not_end_the_registration(
@@ -306,6 +307,21 @@ async def test_a_slow_controller_is_told_with_the_limit(
 
     async with running(Scene(answer=slow)):
         assert "no answer within 5 s" in warnings(caplog)[0]
+
+
+class Endless(httpx.AsyncByteStream):
+    read = 0
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while Endless.read < 1 << 30:
+            Endless.read += 1 << 16
+            yield b" " * (1 << 16)
+
+
+async def test_an_answer_without_end_is_not_read_to_it(caplog: pytest.LogCaptureFixture) -> None:
+    async with running(Scene(answer=lambda request: httpx.Response(200, stream=Endless()))):
+        assert "its answer is not that of a controller" in warnings(caplog)[0]
+        assert Endless.read <= 1 << 17
 
 
 async def test_a_worker_that_leaves_offers_no_model_and_is_not_dispatched_to() -> None:
@@ -429,10 +445,11 @@ def test_a_controller_may_come_late_and_start_again(monkeypatch: pytest.MonkeyPa
             assert second.workers[worker.url].queue_length == 2
 
 
-def test_a_stopped_server_leaves_its_controller() -> None:
+@pytest.mark.parametrize("drain_s", [30.0, 0.0])
+def test_a_stopped_server_leaves_its_controller(drain_s: float) -> None:
     controller = Controller()
     with controller_on_loopback(controller.app()) as url:
-        with worker_on_loopback(FakeEngine(), controller=url) as worker:
+        with worker_on_loopback(FakeEngine(), controller=url, drain_s=drain_s) as worker:
             until(lambda: controller.workers)
             worker.http.stop()
             assert worker.ended(within_s=5)

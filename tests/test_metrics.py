@@ -2,7 +2,7 @@
 
 import threading
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import pytest
@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from omnispeech.engine.events import EngineStatus, TextDelta
 from omnispeech.errors import GenerationError, Overloaded, RequestError
 from omnispeech.phases import Phase
+from omnispeech.server.admission import Outcome
 
 WAV = sound_file(tone(0.2))
 PHASES = {"read weights": Phase(12.5, 11_400_000_000), "warm up": Phase(0.75)}
@@ -42,6 +43,11 @@ class Metrics:
 
     async def value(self, name: str) -> float:
         return (await self.values(name))[()]
+
+    async def ended(self) -> dict[tuple[str, ...], float]:
+        """Outcome -> how many replies had it, where there was one."""
+        counts = await self.values("omnispeech_replies_total")
+        return {outcome: count for outcome, count in counts.items() if count}
 
 
 async def test_the_phases_of_the_start_are_told() -> None:
@@ -78,16 +84,21 @@ async def test_conversations_and_their_limits_are_those_of_the_moment() -> None:
 async def test_a_whole_reply_is_counted_and_timed() -> None:
     metrics = Metrics(FakeEngine())
     await metrics.ask("POST", "/v1/speech", content=WAV)
-    assert await metrics.values("omnispeech_replies_total") == {("length",): 1}
+    assert await metrics.ended() == {("length",): 1}
     assert await metrics.value("omnispeech_time_to_first_audio_seconds_sum") == DONE.first_audio_s
     assert await metrics.value("omnispeech_real_time_factor_sum") == DONE.total_s / DONE.audio_s
     assert await metrics.value("omnispeech_audio_seconds_total") == DONE.audio_s
 
 
+async def test_every_outcome_is_told_before_it_happens() -> None:
+    counts = await Metrics(FakeEngine()).values("omnispeech_replies_total")
+    assert counts == {(outcome,): 0.0 for outcome in get_args(Outcome)}
+
+
 async def test_a_reply_without_sound_is_counted_and_not_timed() -> None:
     metrics = Metrics(FakeEngine(TextDelta("a"), replace(DONE, audio_s=0.0, first_audio_s=0.0)))
     await metrics.ask("POST", "/v1/speech", content=WAV)
-    assert await metrics.values("omnispeech_replies_total") == {("length",): 1}
+    assert await metrics.ended() == {("length",): 1}
     assert await metrics.value("omnispeech_real_time_factor_count") == 0
 
 
@@ -101,7 +112,7 @@ async def test_a_reply_that_a_limit_ended_is_told_from_one_the_model_ended(
     done = replace(DONE, text_finish=finish[0], speech_finish=finish[1])
     metrics = Metrics(FakeEngine(TextDelta("a"), done))
     await metrics.ask("POST", "/v1/speech", content=WAV)
-    assert await metrics.values("omnispeech_replies_total") == {(outcome,): 1}
+    assert await metrics.ended() == {(outcome,): 1}
 
 
 @pytest.mark.parametrize(
@@ -121,7 +132,7 @@ async def test_a_reply_that_fails_is_counted_by_its_reason_and_not_timed(
         body = {"messages": [{"role": "user", "content": "hi"}]}
         given = {"content": WAV} if path == "/v1/speech" else {"json": body}
         await metrics.ask("POST", path, **given)
-    assert await metrics.values("omnispeech_replies_total") == {(outcome,): 2}
+    assert await metrics.ended() == {(outcome,): 2}
     assert await metrics.value("omnispeech_time_to_first_audio_seconds_count") == 0
 
 
@@ -144,8 +155,8 @@ async def test_the_memory_of_the_process_is_told() -> None:
 async def test_apps_in_one_process_count_apart_and_touch_no_registry_of_others() -> None:
     one, other = Metrics(FakeEngine()), Metrics(FakeEngine())
     await one.ask("POST", "/v1/speech", content=WAV)
-    assert await one.values("omnispeech_replies_total") == {("length",): 1}
-    assert await other.values("omnispeech_replies_total") == {}
+    assert await one.ended() == {("length",): 1}
+    assert await other.ended() == {}
     assert not [name for name in REGISTRY._names_to_collectors if name.startswith("omnispeech")]
 
 

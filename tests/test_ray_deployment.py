@@ -32,7 +32,7 @@ from omnispeech.config import (
     build_config,
     check_names,
 )
-from omnispeech.errors import ConfigError, GenerationError
+from omnispeech.errors import ConfigError, GenerationError, OmniSpeechError
 from omnispeech.service import settings_of
 
 pytest.importorskip(
@@ -106,6 +106,21 @@ def test_no_room_for_one_replica_is_told_at_once() -> None:
 def test_what_has_no_effect_behind_ray_is_refused(server: ServerConfig) -> None:
     with pytest.raises(ConfigError, match="controller=|port=0"):
         check_server(server)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"models": "/nowhere"}, "/nowhere/OpenS2S is missing"),
+        ({"controller": "http://c"}, "no controller"),
+    ],
+)
+def test_what_is_known_to_be_wrong_is_told_before_ray_starts(
+    values: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_deployment, "cluster", None)
+    with pytest.raises(OmniSpeechError, match=words):
+        ray_deployment.serve_until_stopped(settings_of(values, {}), ScaleConfig())
 
 
 def test_a_misspelt_setting_of_a_serve_config_is_named() -> None:

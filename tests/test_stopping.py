@@ -223,6 +223,20 @@ def test_a_second_sigterm_does_not_wait_for_replies() -> None:
         assert server.wait(10) == 0
 
 
+STARTING = """
+import os, signal, sys
+from omnispeech.cli import worker
+from omnispeech.commands import serve
+serve.build_worker = lambda settings: os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(worker([]))
+"""
+
+
+def test_sigterm_has_a_handler_before_anything_listens() -> None:
+    """Process 1 of a container has no default for it: the signal would be lost."""
+    assert subprocess.run([sys.executable, "-c", STARTING]).returncode == 143
+
+
 def test_sigterm_ends_a_server_that_is_still_loading_at_once() -> None:
     """A thread inside torch would abort the end of the interpreter."""
     with process(LOADING) as (server, url):

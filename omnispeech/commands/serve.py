@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import signal
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -47,6 +48,7 @@ def add_settings(group: argparse._ActionsContainer, config: type[Any]) -> None:
 def serve(args: argparse.Namespace) -> int:
     """Serves until stopped; the exit status is 1 if the models could not be loaded."""
     log_to_stdout()
+    signal.signal(signal.SIGTERM, _stop)
     for name in unknown_variables():
         logger.warning("the environment variable %s is no setting: it has no effect", name)
     settings = read_settings(vars(args), args.config)
@@ -65,6 +67,11 @@ def serve(args: argparse.Namespace) -> int:
             ended = worker.close()
     status = 1 if worker.status().failure else 0
     return status if ended else end_now(status)
+
+
+def _stop(number: int, frame: object) -> None:
+    """Before the server has its own: process 1 of a container has no default for a signal."""
+    end_now(128 + number)
 
 
 def end_now(status: int) -> NoReturn:

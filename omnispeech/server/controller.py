@@ -5,7 +5,6 @@ its time, and nobody else anything.
 """
 
 import asyncio
-import json
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -14,6 +13,7 @@ from dataclasses import asdict, replace
 
 import httpx
 from pydantic import BaseModel, StrictBool
+from pydantic_core import from_json
 
 from omnispeech.server.worker_api import WorkerStatus
 
@@ -24,6 +24,7 @@ LOOK_S = 1.0  # a change of the queue is told at once, but not more often than t
 TIMEOUT_S = 5.0  # of one call of the controller
 LEAVE_S = 2.0  # a stop does not wait for the controller any longer
 FIRST_RETRY_S = 1.0
+LONGEST_ANSWER = 65_536  # bytes; a controller's has a few
 TROUBLE = (httpx.HTTPError, TimeoutError, ValueError)  # ValueError: an answer of another form
 
 
@@ -101,12 +102,18 @@ class Registration:
             check_heart_beat=True,
             worker_status=asdict(status),
         )
-        json.loads(answer)  # null; a page of something else that listens there is none
+        from_json(answer)  # null; a page of something else that listens there is none
 
     async def _post(self, path: str, **body: object) -> bytes:
-        async with asyncio.timeout(TIMEOUT_S):
-            response = await self._client.post(self._controller + path, json=body)
-        return response.raise_for_status().content
+        call = self._client.stream("POST", self._controller + path, json=body)
+        answer = b""
+        async with asyncio.timeout(TIMEOUT_S), call as response:
+            response.raise_for_status()
+            async for part in response.aiter_bytes():
+                answer += part
+                if len(answer) > LONGEST_ANSWER:
+                    raise ValueError(f"more than {LONGEST_ANSWER} bytes")
+        return answer
 
     async def _until_due(self) -> None:
         for _ in range(int(BEAT_S / LOOK_S)):

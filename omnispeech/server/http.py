@@ -72,7 +72,7 @@ class HTTPServer(uvicorn.Server):
                 self._admission.open,
                 self._drain_s,
             )
-        while (self._admission.open or not leaving.done()) and loop.time() < end_s:
+        while not leaving.done() or (self._admission.open and loop.time() < end_s):
             if self.force_exit:
                 return
             await asyncio.sleep(TICK_S)

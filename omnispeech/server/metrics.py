@@ -1,6 +1,7 @@
 """What /metrics tells, in Prometheus' text format. Each app has a registry of its own."""
 
 from collections.abc import Iterator, Mapping
+from typing import get_args
 
 from fastapi import APIRouter, Response
 from prometheus_client import (
@@ -29,6 +30,8 @@ class Replies:
         self._ended = Counter(
             "omnispeech_replies", "Replies by how they ended.", ["outcome"], registry=registry
         )
+        for outcome in get_args(Outcome):
+            self._ended.labels(outcome)  # 0, so that the first failure is an increase
         self._first_audio = Histogram(
             "omnispeech_time_to_first_audio_seconds",
             "From the whole question to the first sound of the reply, the queue included.",
