@@ -141,6 +141,7 @@ serve_locally() {
 
 action=container once='' cpu='' rootless='' gpus=all listen=127.0.0.1 restart_policy=unless-stopped
 quantize='' controller=${OMNISPEECH_CONTROLLER:-} worker_address=${OMNISPEECH_WORKER_ADDRESS:-}
+drain=${OMNISPEECH_DRAIN_S:-30}
 models=${OMNISPEECH_MODELS:-} port=${OMNISPEECH_PORT:-8000} device=${OMNISPEECH_DEVICE:-cpu}
 declare -A given=()
 while [ $# -gt 0 ]; do
@@ -182,4 +183,10 @@ fi
 check_options
 models=${models/#'~/'/$HOME/} # quoted, or of a file that no shell has read
 [ -z "$models" ] || [[ $models == /* ]] || models=$caller/$models
-if [ "$action" = local ]; then serve_locally; else serve_in_container; fi
+if [ "$action" = local ]; then
+    serve_locally
+else
+    models=${models:-$HOME/models} image=omnispeech:server${cpu:+-cpu}
+    address=${listen/#0.0.0.0/127.0.0.1} # where the server is asked from here
+    serve_in_container
+fi

@@ -1,21 +1,19 @@
 # shellcheck shell=bash disable=SC2154
-# Sourced by build_and_run.sh, which sets the variables of its options: the server in a container.
-# Nothing but bash and Docker is needed.
+# Sourced by build_and_run.sh: the server in a container. Nothing but bash and Docker is needed.
+# Set there, beside the options: address controller cpu drain gpus image listen models port quantize
+# restart_policy rootless worker_address. Set here: arguments (of docker) and owner (of the models).
 
 CONTAINER=opens2s-server
 # of this machine alone: inside the container they are what the image says
 NOT_PASSED=' OMNISPEECH_MODELS OMNISPEECH_HOST OMNISPEECH_PORT OMNISPEECH_SERVER OMNISPEECH_VENV '
 
-# What Docker would refuse, or misread, when the old server is gone already.
+# What Docker would refuse after the image is built, or misread.
 check_values() {
     [[ $models != *:* ]] || fail "--models '$models'; Docker takes no path with a colon"
     [[ $listen =~ ^[0-9]+(\.[0-9]+){3}$ ]] ||
         fail "--listen '$listen'; allowed: an IPv4 address of this machine, or 0.0.0.0"
     [[ $drain =~ ^[0-9]+(\.[0-9]*)?$ ]] ||
         fail "OMNISPEECH_DRAIN_S='$drain'; allowed: seconds, such as 90"
-}
-
-check_controller() {
     [ -n "$controller" ] || return 0
     [ -n "$worker_address" ] || fail "--controller needs --worker-address, the URL of this server" \
         "as the controller sees it, such as http://10.0.0.2:$port"
@@ -84,18 +82,13 @@ check_free_port() {
         "or ./build_and_run.sh --stop if it is the server of --local"
 }
 
-# Replies under way may finish. Status 1: there is none.
-remove_container() {
-    docker container inspect "$CONTAINER" >/dev/null 2>&1 || return 1
-    docker stop "$CONTAINER" >/dev/null
-    docker rm "$CONTAINER" >/dev/null
+is_running() {
+    [ "$(docker container inspect --format '{{.State.Running}}' "$CONTAINER" 2>/dev/null)" = true ]
 }
 
-# Status 1: none was running.
+# Replies under way may finish. Status 1: none was running.
 stop_container() {
-    command -v docker >/dev/null || return 1
-    [ "$(docker container inspect --format '{{.State.Running}}' "$CONTAINER" 2>/dev/null)" = true ] ||
-        return 1
+    command -v docker >/dev/null && is_running || return 1
     docker stop "$CONTAINER" >/dev/null
 }
 
@@ -135,7 +128,8 @@ run_once() {
     return $((status > 0))
 }
 
-run_container() {
+# Under a name of its own: what Docker refuses costs the old server nothing.
+create_container() {
     local registered=()
     # nothing listens on a port of its own for the controller: the worker calls it
     [ -z "$controller" ] || registered=(
@@ -143,13 +137,30 @@ run_container() {
         --env "OMNISPEECH_WORKER_ADDRESS=$worker_address"
         --add-host host.docker.internal:host-gateway
     )
+    docker rm "$CONTAINER-new" "$CONTAINER-old" >/dev/null 2>&1 || true # of a call that was cut short
     # stopped by force only when replies under way had their time
-    docker run --detach --name "$CONTAINER" --stop-timeout $((10#${drain%.*} + 15)) \
+    docker create --name "$CONTAINER-new" --stop-timeout $((10#${drain%.*} + 15)) \
         --restart "$restart_policy" --publish "$listen:$port:8000" \
-        "${arguments[@]}" "${registered[@]}" "$image" >/dev/null && return
-    # not by force: under this name another call of the script may have started a server meanwhile
-    docker rm "$CONTAINER" >/dev/null 2>&1 || true
-    fail "the container did not start; Docker's reason stands above"
+        "${arguments[@]}" "${registered[@]}" "$image" >/dev/null ||
+        fail "Docker made no container, for the reason above; the server that runs, if any, was left" \
+            "alone"
+}
+
+# The old one goes once Docker has started the new one. $1: yes if the old one was running: then it
+# runs again where the new one cannot be started (the address is not of this machine, no such GPU).
+start_container() {
+    ! is_running || fail "another call has started a server meanwhile; it was left alone"
+    docker rename "$CONTAINER" "$CONTAINER-old" 2>/dev/null || true
+    docker rename "$CONTAINER-new" "$CONTAINER"
+    if docker start "$CONTAINER" >/dev/null; then
+        docker rm "$CONTAINER-old" >/dev/null 2>&1 || true
+        return
+    fi
+    docker rm "$CONTAINER" >/dev/null
+    docker rename "$CONTAINER-old" "$CONTAINER" 2>/dev/null || true
+    [ -z "$1" ] || docker start "$CONTAINER" >/dev/null ||
+        fail "neither the new container nor the old one can be started; Docker's reasons stand above"
+    fail "the container did not start; Docker's reason stands above${1:+; the old one runs again}"
 }
 
 is_ready() (
@@ -207,21 +218,20 @@ TEXT
 }
 
 serve_in_container() {
-    models=${models:-$HOME/models} drain=${OMNISPEECH_DRAIN_S:-30} image=omnispeech:server${cpu:+-cpu}
-    # where the server is asked from here
-    address=$listen
-    [ "$listen" != 0.0.0.0 ] || address=127.0.0.1
     check_values
-    check_controller
     require_container_runtime
     make_models_directory
     check_free_port
     build_image
     choose_arguments
-    if remove_container; then echo "the old container is replaced; $models is kept"; fi
-    local failed=''
+    create_container
+    local failed='' old=''
+    if stop_container; then
+        old=yes
+        echo "the old container is replaced; $models is kept"
+    fi
     [ -z "$quantize" ] || quantize_llm || failed=yes
-    run_container
+    start_container "$old"
     wait_until_ready
     tell_what_next
     [ -z "$failed" ] || fail "the LLM was not quantized, for the reason above; the server runs"

@@ -23,6 +23,7 @@ ROOT = Path(__file__).parent.parent
 ROWS = (
     # what is told, the way it is measured, and the files that dd reads for the comparison
     ("bf16 LLM alone, this project", "plain", PLAIN),
+    ("the same through the buffers of a GPU, nothing sent", "through buffers", PLAIN),
     ("the same, transformers from_pretrained", "transformers", PLAIN),
     ("4-bit LLM, kernel-ready copy", "prepared", "*.prepared-*"),
     ("4-bit LLM, repacked at the start", "repacked", AWQ),

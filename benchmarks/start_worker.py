@@ -8,13 +8,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.start_models import AWQ, OPENS2S, PLAIN
 from omnispeech.checkpoint.opens2s import Loading, load_opens2s
 from omnispeech.checkpoint.quantized import load_causal_lm
+from omnispeech.checkpoint.reader import Request, read_tensors
+from omnispeech.checkpoint.shards import weight_files
+from omnispeech.checkpoint.tensor_file import TensorFile
 from omnispeech.phases import peak_memory
 
 CPU, DTYPE = torch.device("cpu"), torch.bfloat16
@@ -22,6 +26,35 @@ CPU, DTYPE = torch.device("cpu"), torch.bfloat16
 
 def plain(models: Path) -> nn.Module:
     return load_causal_lm(models / PLAIN, CPU, DTYPE)
+
+
+class NothingSent:
+    """The buffers of a GPU without the GPU: what is read is not copied on."""
+
+    def buffer(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    def allocated(self) -> None: ...
+
+    def send(self, target: Tensor, source: Tensor) -> Any: ...
+
+    def wait(self, sent: Any) -> None: ...
+
+    def arrive(self, sent: Any) -> None: ...
+
+    def arrive_all(self) -> None: ...
+
+
+def through_buffers(models: Path) -> nn.Module:
+    files = [TensorFile(path) for path in weight_files(models / PLAIN)]
+    requests = [
+        Request(file, name, entry.dtype)
+        for file in files
+        for name, entry in sorted(file.entries.items(), key=lambda item: item[1].start)
+    ]
+    for _ in read_tensors(requests, torch.device("meta"), transfers=NothingSent()):
+        pass
+    return nn.Module()
 
 
 def transformers(models: Path) -> nn.Module:
@@ -52,6 +85,7 @@ def original_order(models: Path) -> nn.Module:
 
 WAYS: dict[str, Callable[[Path], nn.Module]] = {
     "plain": plain,
+    "through buffers": through_buffers,
     "transformers": transformers,
     "repacked": lambda models: quantized(models, prepare=False),
     "prepared": lambda models: quantized(models, prepare=True),

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from omnispeech.audio.features import FrontEnd, MelConfig, Waveform
-from omnispeech.checkpoint.decoder import load_decoder
+from omnispeech.checkpoint.decoder import decoder_files, load_decoder
 from omnispeech.checkpoint.files import held_bytes, size_text
 from omnispeech.checkpoint.models_directory import METHODS, Sources, choose_sources
 from omnispeech.checkpoint.opens2s import LoadedOpenS2S, Loading, load_opens2s
@@ -78,8 +78,9 @@ def load_sources(
         loading=loading,
     )
     with phases.measure("load speech decoder") as phase:
+        files = decoder_files(sources.decoder)  # before pickles among them are converted
         decoder = _load_decoder(sources.decoder, device)
-        phase.size = held_bytes(decoder.flow) + held_bytes(decoder.hift)  # float32, as in the files
+        phase.size = sum(path.stat().st_size for path in files)
     with phases.measure("load tokenizers"):
         language = language_models(base, loaded, compatible=compatible)
     if language.units.count > decoder.flow.config.vocab_size:

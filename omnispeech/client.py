@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,9 @@ def posted(server: str, path: str, **request: Any) -> Iterator[httpx.Response]:
     """A streaming POST; whatever goes wrong is a ServerError of one line."""
     url = (server if "://" in server else f"http://{server}").rstrip("/") + path
     try:
-        with httpx.stream("POST", url, timeout=TIMEOUT, **request) as response:
+        with httpx.stream(
+            "POST", url, timeout=TIMEOUT, trust_env=not is_loopback(url), **request
+        ) as response:
             if response.is_error:
                 response.read()
                 raise ServerError(f"the server refused ({response.status_code}): {_why(response)}")
@@ -218,6 +221,15 @@ def posted(server: str, path: str, **request: Any) -> Iterator[httpx.Response]:
         ) from exc
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         raise ServerError(f"{url}: the connection failed: {exc}") from exc
+
+
+def is_loopback(url: str) -> bool:
+    """Then no proxy of the environment is asked: those are for what is not on this machine."""
+    host = httpx.URL(url).host
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # a name
+        return False
 
 
 def _why(response: httpx.Response) -> str:

@@ -1,7 +1,6 @@
 """`startup.py --once`: a worker of its own answers the shipped question; then all ends."""
 
 import logging
-import os
 import signal
 import socket
 import subprocess
@@ -27,7 +26,6 @@ END_S = 40.0  # a worker that does not end within it is killed
 def answer_once(command: Sequence[str], question: Path) -> int:
     """command: of the worker; its host and port are chosen here. Gives the exit status."""
     sound = read_sound(question)
-    past_proxies(HOST)
     port = free_port()
     with running([*command, "--host", HOST, "--port", str(port)]) as process:
         server = f"http://{HOST}:{port}"
@@ -40,12 +38,6 @@ def answer_once(command: Sequence[str], question: Path) -> int:
         if not answer.pcm:
             raise ServerError("the reply has no sound")
     return 0
-
-
-def past_proxies(host: str) -> None:
-    """Those of the environment are for what is not on this machine."""
-    for name in ("no_proxy", "NO_PROXY"):
-        os.environ[name] = ",".join(filter(None, (os.environ.get(name), host)))
 
 
 def free_port() -> int:
@@ -87,7 +79,7 @@ def wait_ready(process: "subprocess.Popen[bytes]", server: str) -> dict[str, Any
     """What /ready says; raises ServerError when the worker ends or fails before that."""
     while (status := process.poll()) is None:
         try:
-            response = httpx.get(f"{server}/ready", timeout=5.0)
+            response = httpx.get(f"{server}/ready", timeout=5.0, trust_env=False)
         except httpx.TransportError:
             time.sleep(LOOK_EVERY_S)
             continue

@@ -28,9 +28,10 @@ from omnispeech.config import (
 )
 from omnispeech.errors import ConfigError, GenerationError
 from omnispeech.server.app import create_app
-from omnispeech.server.http import listen
+from omnispeech.server.door import listen
 from omnispeech.server.one_of_many import Answer, OneOfMany
 from omnispeech.service import Settings, build_worker, find_sources, settings_of
+from omnispeech.startup import check_device
 
 try:
     import ray
@@ -112,7 +113,7 @@ def places(engine: EngineConfig) -> int:
 def build(values: dict[str, Any]) -> serve.Application:
     """For `import_path` of a Serve config file. values: its `args`, settings by their names."""
     check_names(values, "args")
-    scale = build_config(ScaleConfig, {}, values)
+    scale = replace(build_config(ScaleConfig, {}, values), ray_address="auto")
     return application(settings_of({}, values), scale, resources())
 
 
@@ -158,11 +159,12 @@ def gpus_of_a_replica(place: PlaceConfig, there: Mapping[str, float]) -> int:
 def most_replicas(scale: ScaleConfig, gpus: int, there: Mapping[str, float]) -> int:
     by_cpu = int(there.get("CPU", 0) // scale.replica_cpus)
     room = min(by_cpu, int(there.get("GPU", 0))) if gpus else by_cpu
-    if not room and not scale.max_replicas:
+    growing = scale.max_replicas and scale.ray_address != "local"
+    if not room and not growing:
         raise ConfigError(
             f"Ray has {there.get('CPU', 0):g} cores and {there.get('GPU', 0):g} GPUs; a "
             f"replica needs {scale.replica_cpus} and {gpus}: change replica_cpus or device, or "
-            "set max_replicas if machines are still to come"
+            "set max_replicas if machines of its cluster are still to come"
         )
     return scale.max_replicas or max(room, scale.min_replicas)
 
@@ -195,12 +197,8 @@ def serve_options(engine: EngineConfig, scale: ScaleConfig, most: int) -> dict[s
 
 def serve_until_stopped(settings: Settings, scale: ScaleConfig) -> int:
     """`omnispeech scale`: the exit status. A signal lets conversations end, a second ends them."""
-    check_server(settings.server)
-    if scale.ray_address == "local":
-        find_sources(settings.place)  # Ray would tell it after a minute, and at length
+    check(settings, scale)
     with cluster(settings, scale):
-        # Ray's own handler, set by now, would leave at once
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             app = application(settings, scale, resources())
             logger.info("starting the replicas; the models of each are loaded first")
@@ -213,6 +211,16 @@ def serve_until_stopped(settings: Settings, scale: ScaleConfig) -> int:
         except KeyboardInterrupt:
             drain(scale.replica_drain_s)
     return 0
+
+
+def check(settings: Settings, scale: ScaleConfig) -> None:
+    """Raises what Ray would tell after half a minute, and at length."""
+    check_server(settings.server)
+    if scale.ray_address == "local":
+        check_device(settings.place)
+        find_sources(settings.place)
+    else:  # its machines have other devices than this one
+        check_device(replace(settings.place, device="cpu"))
 
 
 def reason() -> str:
@@ -233,6 +241,8 @@ def cluster(settings: Settings, scale: ScaleConfig) -> Iterator[None]:
     else:
         ray.init(scale.ray_address, logging_level=logging.WARNING)
     try:
+        # Ray's own handlers, set by now, would leave at once, or abort with a dump
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         serve.start(
             http_options={"host": server.host, "port": server.port},
             logging_config={"log_level": "WARNING"},

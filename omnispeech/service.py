@@ -1,6 +1,6 @@
 """Settings -> an engine, whichever front serves it: one process, or a replica of many."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,11 +46,16 @@ def settings_of(flags: Mapping[str, Any], file: Mapping[str, Any]) -> Settings:
     )
 
 
-def find_sources(place: PlaceConfig) -> "Sources":
-    """The directories that a start takes; raises CheckpointError for what is not whole."""
+def find_sources(place: PlaceConfig, coming: Collection[str] = ()) -> "Sources":
+    """The directories that a start takes; raises CheckpointError for what is not whole.
+
+    coming: names of those that will be fetched before.
+    """
     from omnispeech.checkpoint.models_directory import choose_sources
 
-    return choose_sources(Path(place.models), place.llm, place.speech_lm, place.audio_encoder)
+    return choose_sources(
+        Path(place.models), place.llm, place.speech_lm, place.audio_encoder, coming
+    )
 
 
 def build_worker(settings: Settings) -> "Worker":

@@ -18,14 +18,14 @@ from omnispeech.checkpoint.models_directory import (
     EIGHT_BIT,
     OPENS2S,
     check,
-    fetch_command,
+    check_place,
     is_there,
 )
 from omnispeech.checkpoint.wavlm_paths import WAVLM, is_wavlm, wavlm_paths
 from omnispeech.commands import serve
 from omnispeech.config import HubConfig, PlaceConfig, read_hub
-from omnispeech.download.models import known_model
-from omnispeech.download.present import is_ready
+from omnispeech.download.models import known_model, mend_command
+from omnispeech.download.present import STOPPED, settle
 from omnispeech.logs import log_to_stdout
 from omnispeech.server.door import listen
 from omnispeech.service import Settings, read_settings
@@ -57,10 +57,11 @@ def start(args: argparse.Namespace, *, given: Sequence[str], place: Path) -> int
     log_to_stdout()
     settings = read_settings(vars(args), args.config)
     hub = read_hub(vars(args), args.config)
+    models = Path(settings.place.models)
+    check_place(models)
     if not args.once:
         check_port(settings)
     signal.signal(signal.SIGTERM, _stop)  # process 1 of a container has no default for it
-    models = Path(settings.place.models)
     prepare(settings, models, hub)
     command = [sys.executable, str(place / "model_worker.py"), *worker_flags(given)]
     if args.once:
@@ -74,8 +75,8 @@ def start(args: argparse.Namespace, *, given: Sequence[str], place: Path) -> int
 
 def _stop(number: int, frame: object) -> None:
     """At once: what was fetched is kept, whenever a start ends."""
-    logger.info("stopped; the next start goes on from here")
-    os._exit(128 + number)
+    logger.info(STOPPED)
+    serve.stop_at_once(number, frame)
 
 
 def check_port(settings: Settings) -> None:
@@ -90,15 +91,22 @@ def worker_flags(given: Sequence[str]) -> list[str]:
 
 def prepare(settings: Settings, models: Path, hub: HubConfig) -> None:
     """All models of a start are whole and entered, and the decoder is converted."""
-    base = choose_base(models, settings.place)
-    names = [DECODER] if base == EIGHT_BIT else [OPENS2S, DECODER]
-    bring(names, models, settings.place, hub)
-    if needs_wavlm(models / base, settings.place):
-        bring([WAVLM], models, settings.place, hub)
-        names.append(WAVLM)
+    first = names_of(models, settings.place)
+    if OPENS2S not in first:
+        logger.info("%s is not fetched: %s holds the whole model", OPENS2S, models / EIGHT_BIT)
+    bring(first, models, settings.place, hub)
+    names = names_of(models, settings.place)  # what came may hear by a WavLM
+    bring([name for name in names if name not in first], models, settings.place, hub)
     convert_decoder(models / DECODER)
-    count = len(names) + (base == EIGHT_BIT)
+    count = len(names) + (OPENS2S not in names)
     logger.info("✅ All %d models are ready!", count)
+
+
+def names_of(models: Path, place: PlaceConfig) -> list[str]:
+    """Of the directories of a start that come from a hub, as far as can be known now."""
+    base = choose_base(models, place)
+    names = [DECODER] if base == EIGHT_BIT else [OPENS2S, DECODER]
+    return [*names, WAVLM] if needs_wavlm(models / base, place) else names
 
 
 def choose_base(models: Path, place: PlaceConfig) -> str:
@@ -108,7 +116,6 @@ def choose_base(models: Path, place: PlaceConfig) -> str:
         return OPENS2S
     if EIGHT_BIT in Manifest(models).names():
         check(Manifest(models), EIGHT_BIT)
-    logger.info("%s is not fetched: %s holds the whole model", OPENS2S, models / EIGHT_BIT)
     return EIGHT_BIT
 
 
@@ -120,14 +127,14 @@ def needs_wavlm(base: Path, place: PlaceConfig) -> bool:
 
 def bring(names: Sequence[str], models: Path, place: PlaceConfig, hub: HubConfig) -> None:
     """Fetches those of `names` that are not there."""
-    missing = [name for name in names if not is_ready(models / name)]
+    missing = [name for name in names if not settle(models / name, hub)]
     there = [name for name in names if name not in missing]
     for name in [name for name in Manifest(models).names() if name in there]:
         tell_origin(models / name, hub)
     if not missing:
         return
     logger.info("to be fetched into %s: %s", models, ", ".join(missing))
-    check_place(place)
+    check_device(place)
     from omnispeech.download.directory import fetch_all
 
     fetch_all(missing, models, hub, deep=False)
@@ -140,17 +147,16 @@ def tell_origin(path: Path, hub: HubConfig) -> None:
     there = (made.get("repo", model.repo), made.get("revision", model.revision))
     if there != (model.repo, model.revision):
         logger.warning(
-            "%s is from %s, revision %s; for %s, revision %s, as set: %s --update %s",
+            "%s is from %s, revision %s; for %s, revision %s, as set: %s --update",
             path,
             *there,
             model.repo,
             model.revision,
-            fetch_command(path.parent, path.name),
-            model.flags,
+            mend_command(path, hub),
         )
 
 
-def check_place(place: PlaceConfig) -> None:
+def check_device(place: PlaceConfig) -> None:
     """Raises ConfigError for what the worker would refuse after 22 GB."""
     from omnispeech.assembly import choose_device, choose_dtype
     from omnispeech.layers.linear import known_kernel

@@ -1,4 +1,4 @@
-"""`omnispeech verify`: whether quantized models are what was made, and of the model beside them."""
+"""`omnispeech verify`: whether models are what was entered, made of the model beside them."""
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,17 +17,19 @@ from omnispeech.checkpoint.models_directory import (
     EIGHT_BIT,
     OPENS2S,
     SPEECH_LMS,
+    advice,
     check,
     check_method,
-    fetch_command,
     is_there,
     make_command,
 )
 from omnispeech.checkpoint.opens2s import plan_opens2s
 from omnispeech.checkpoint.prepared import check_origin, prepared_entries
 from omnispeech.checkpoint.quantized import plan_causal_lm
-from omnispeech.checkpoint.wavlm_paths import BRIDGE
+from omnispeech.checkpoint.wavlm import check_wavlm_conversion, read_bridge
+from omnispeech.checkpoint.wavlm_paths import BRIDGE, WAVLM
 from omnispeech.download.models import MODELS
+from omnispeech.download.present import is_filled, take_over
 from omnispeech.errors import CheckpointError
 from omnispeech.json_file import read_json
 from omnispeech.layers.packing import Scheme
@@ -36,6 +38,9 @@ from omnispeech.quantization.report import JSON
 from omnispeech.quantization.verify import StoredModel, check_digests
 from omnispeech.quantization.whole_model import source_fingerprint
 
+KNOWN = (*COMMANDS, *MODELS, BRIDGE)
+MADE: Mapping[str, Any] = {"by": "omnispeech verify"}
+NEW = "entered: headers fit, no earlier record to compare with"
 COMPARED = {"scheme", "kept", "digests"}  # keys of a report with which tensors can be compared
 
 
@@ -49,31 +54,20 @@ class Verdict:
 def verify(models: Path, names: Sequence[str], *, deep: bool = False) -> Iterator[Verdict]:
     """Checks directories of a models directory, one by one.
 
-    names: none for all that are entered or were quantized. A quantized one that is not entered is
-    entered if its headers fit and its tensors are those of its report. deep: every byte is
-    compared; without it only if a quick look finds a difference, as after copying.
+    names: none for all that are entered or could be. One that is not entered is entered if it is
+    whole by its headers, a quantized one if its tensors are those of its report as well. deep:
+    every byte is compared; without it only those of files with another time, as after copying.
     """
     if not models.is_dir():
         raise CheckpointError(f"{models} is no models directory; use --models")
     entered = Manifest(models).names()
-    quantized = [name for name in COMMANDS if (models / name).is_dir()]
+    there = [name for name in KNOWN if (models / name).is_dir() and is_filled(models / name)]
     given = [name.rstrip("/") for name in names]  # as a shell completes them
-    for name in given or sorted({*entered, *quantized}):
+    for name in given or sorted({*entered, *there}):
         try:
             yield Verdict(name, True, _verify(models, name, deep=deep))
         except CheckpointError as exc:
-            yield Verdict(name, False, f"{exc}{_advice(models, name)}")
-
-
-def _advice(models: Path, name: str) -> str:
-    if name in COMMANDS:
-        return f" (to make it again: {make_command(models / name)} --overwrite)"
-    if name in MODELS:
-        return f" (to bring what it lacks, and enter it: {fetch_command(models, name)})"
-    if name == BRIDGE:
-        place = shlex.quote(str(models))
-        return f" (to train it again: omnispeech train-bridge --models {place} --overwrite)"
-    return ""
+            yield Verdict(name, False, f"{exc}{advice(models / name)}")
 
 
 def _verify(models: Path, name: str, *, deep: bool) -> str:
@@ -92,6 +86,8 @@ def _verify(models: Path, name: str, *, deep: bool) -> str:
         manifest.check(name, deep=True)
         if name == DECODER:
             check_conversion(models / name)
+        elif name == WAVLM:
+            check_wavlm_conversion(models / name)
     else:
         check(manifest, name)
     if name in copies:
@@ -104,16 +100,29 @@ def _verify(models: Path, name: str, *, deep: bool) -> str:
 
 def _enter(manifest: Manifest, models: Path, name: str) -> str:
     path = models / name
+    if name not in KNOWN or not is_there(path):
+        raise CheckpointError(
+            f"{path} is not in the manifest, and no model that could be entered; "
+            f"known: {', '.join(KNOWN)}"
+        )
+    if name in MODELS:
+        return NEW if take_over(path) else "complete, and not entered: read-only"
+    if name == BRIDGE:
+        read_bridge(path)
+        manifest.enter(name, MADE)
+        return NEW
+    return _enter_quantized(manifest, models, name)
+
+
+def _enter_quantized(manifest: Manifest, models: Path, name: str) -> str:
+    path = models / name
     _check_headers(path)
-    made, words = (
-        {"by": "omnispeech verify"},
-        "entered: headers fit, no earlier record to compare with",
-    )
+    made, words = MADE, NEW
     report = read_json(path / JSON) if (path / JSON).is_file() else {}
     if report.keys() >= COMPARED:
         stored = StoredModel(path, Scheme(**report["scheme"]), report["kept"])
         check_digests(stored, report["digests"], path)
-        made |= report.get("signature", {})
+        made = {**made, **report.get("signature", {})}
         words = f"entered: every tensor is as its {JSON} says"
     _check_source(models, name, made)
     manifest.enter(name, made)
@@ -122,11 +131,6 @@ def _enter(manifest: Manifest, models: Path, name: str) -> str:
 
 def _check_headers(path: Path) -> None:
     """Raises CheckpointError unless all tensors of a quantized directory are there and fit."""
-    if path.name not in COMMANDS or not is_there(path):
-        raise CheckpointError(
-            f"{path} is not in the manifest, and no quantized model that could be entered; "
-            f"known: {', '.join(COMMANDS)}"
-        )
     cpu = torch.device("cpu")
     plan = plan_opens2s(path, cpu)[0] if path.name == EIGHT_BIT else plan_causal_lm(path, cpu)
     if not plan.quantized:

@@ -17,7 +17,8 @@ from fastapi.responses import StreamingResponse
 
 from omnispeech.config import ServerConfig
 from omnispeech.server.app import create_app
-from omnispeech.server.http import HTTPServer, listen
+from omnispeech.server.door import listen
+from omnispeech.server.http import HTTPServer
 
 SILENT_S = 30.0
 PROXY_TIMEOUT_S = 5.0

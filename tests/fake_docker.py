@@ -1,9 +1,10 @@
-"""What stands for `docker` in the tests of build_and_run.sh: keeps one container in a directory.
+"""What stands for `docker` in the tests of build_and_run.sh: keeps containers in a directory.
 
 Called as a program: FAKE_DOCKER names the directory. Files there say how things go: `info` what the
-daemon says, `no-daemon` that it does not answer, `build-fails`, `run-fails`, `name-taken` by a
-container of another call, `gone` is a container that was there, `dies` with the exit status of a
-server, `quantizer-fails` with the status in it. Every call is a line of `calls`.
+daemon says, `no-daemon` that it does not answer, `build-fails`, `create-fails`, `start-fails` of
+what never ran, `started-meanwhile` by another call while the LLM is quantized, `gone` is a
+container that was there, `dies` with the exit status of a server, `quantizer-fails` with the status
+in it. Every call is a line of `calls`.
 """
 
 import json
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 RUNTIMES = '{"io.containerd.runc.v2":{},"nvidia":{}} [name=seccomp]'
+NAME = "opens2s-server"
 STATE = Path(os.environ.get("FAKE_DOCKER", "."))
 
 
@@ -36,35 +38,44 @@ def build(_: list[str]) -> int:
     return int((STATE / "build-fails").exists())
 
 
-def port(_: list[str]) -> int:
-    return told(container().get("published"))
+def port(arguments: list[str]) -> int:
+    state = container(arguments[1])
+    return told(state.get("published") if state.get("running") == "true" else None)
 
 
 def inspect(arguments: list[str]) -> int:
-    if not (STATE / "container").exists() or (STATE / "gone").exists():
+    state = container(arguments[-1])
+    if not state or (STATE / "gone").exists():
         return 1
-    state = container()
-    if "--format" in arguments and "RestartCount" in arguments[arguments.index("--format") + 1]:
+    if "RestartCount" in arguments[arguments.index("--format") + 1]:
         return told(f"{state['running']} {state['restarts']} {state['status']}")
     return told(state["running"])
 
 
-def stop(_: list[str]) -> int:
-    state = container()
+def stop(arguments: list[str]) -> int:
+    state = container(arguments[1])
     pid = state.pop("pid", None)
     if isinstance(pid, int):
         os.kill(pid, signal.SIGKILL)
-    keep({**state, "running": "false"})
+    keep(arguments[1], {**state, "running": "false"})
     return 0
 
 
 def rm(arguments: list[str]) -> int:
-    if arguments[-1] != "opens2s-server":
+    status = 0
+    for name in [word for word in arguments[1:] if word != "--force"]:
+        if container(name).get("running", "true") == "true":  # or there is none
+            status = 1
+        else:
+            path(name).unlink()
+    return status
+
+
+def rename(arguments: list[str]) -> int:
+    _, old, new = arguments
+    if not path(old).exists() or path(new).exists():
         return 1
-    if container().get("running") == "true" and "--force" not in arguments:
-        sys.stderr.write("cannot remove a running container\n")
-        return 1
-    (STATE / "container").unlink(missing_ok=True)
+    path(old).rename(path(new))
     return 0
 
 
@@ -72,32 +83,41 @@ def logs(arguments: list[str]) -> int:
     return told("the last words" if "--tail" in arguments else "loading")
 
 
-def run(arguments: list[str]) -> int:
-    if "--detach" not in arguments:
-        path = STATE / "quantizer-fails"
-        return int(path.read_text() or 1) if path.exists() else 0
-    if (STATE / "name-taken").exists():
-        keep({"running": "true", "restarts": 0, "status": 0})
-        sys.stderr.write("docker: the container name is already in use\n")
-        return 125
-    keep({"running": "false", "restarts": 0, "status": 0})  # Docker makes it before it starts it
-    if (STATE / "run-fails").exists():
-        sys.stderr.write("docker: port is already allocated\n")
+def run(_: list[str]) -> int:
+    if (STATE / "started-meanwhile").exists():
+        keep(NAME, {"running": "true", "restarts": 0, "status": 0})
+    told = STATE / "quantizer-fails"
+    return int(told.read_text() or 1) if told.exists() else 0
+
+
+def create(arguments: list[str]) -> int:
+    name = arguments[arguments.index("--name") + 1]
+    if (STATE / "create-fails").exists() or path(name).exists():
+        sys.stderr.write("docker: invalid restart policy\n")
         return 125
     published = arguments[arguments.index("--publish") + 1].removesuffix(":8000")
-    state = {"running": "true", "restarts": 0, "status": 0, "published": published}
+    keep(name, {"running": "false", "restarts": 0, "status": 0, "published": published})
+    return 0
+
+
+def start(arguments: list[str]) -> int:
+    state = container(arguments[1])
+    if (STATE / "start-fails").exists() and "started" not in state:
+        sys.stderr.write("docker: cannot assign requested address\n")
+        return 1
+    state |= {"running": "true", "started": True}
     if (status := STATE / "dies").exists():
-        keep({**state, "restarts": 1, "status": int(status.read_text())})
+        keep(arguments[1], {**state, "restarts": 1, "status": int(status.read_text())})
         return 0
     server = subprocess.Popen(
-        [sys.executable, __file__, "server", published.rsplit(":", 1)[1]],
+        [sys.executable, __file__, "server", str(state["published"]).rsplit(":", 1)[1]],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
     assert server.stdout is not None
     server.stdout.readline()  # it listens
-    keep({**state, "pid": server.pid})
+    keep(arguments[1], {**state, "pid": server.pid})
     return 0
 
 
@@ -118,13 +138,17 @@ def serve(port: int) -> int:
     return 0
 
 
-def container() -> dict[str, object]:
-    path = STATE / "container"
-    return json.loads(path.read_text()) if path.exists() else {}
+def path(name: str) -> Path:
+    return STATE / f"container-{name}"
 
 
-def keep(state: dict[str, object]) -> None:
-    (STATE / "container").write_text(json.dumps(state))
+def container(name: str) -> dict[str, object]:
+    """Empty: there is none."""
+    return json.loads(path(name).read_text()) if path(name).exists() else {}
+
+
+def keep(name: str, state: dict[str, object]) -> None:
+    path(name).write_text(json.dumps(state))
 
 
 def told(what: object) -> int:
@@ -147,8 +171,11 @@ COMMANDS = {
     "inspect": inspect,
     "stop": stop,
     "rm": rm,
+    "rename": rename,
     "logs": logs,
     "run": run,
+    "create": create,
+    "start": start,
 }
 
 if __name__ == "__main__":

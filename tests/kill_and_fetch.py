@@ -18,7 +18,7 @@ from download_models import QUICK, beside, decoder_files, found, opens2s_files, 
 from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.config import HubConfig
 from omnispeech.download.directory import fetch_all
-from omnispeech.download.present import is_ready
+from omnispeech.download.present import settle
 
 NAMES = ["OpenS2S", "glm-4-voice-decoder"]
 DECODER = {path: data for path, data in decoder_files().items() if path != "speech.wav"}
@@ -30,7 +30,7 @@ def start(hub: HubConfig, models: Path) -> int:
         return process
     status = 1
     try:
-        missing = [name for name in NAMES if not is_ready(models / name)]
+        missing = [name for name in NAMES if not settle(models / name, hub)]
         if missing:
             fetch_all(missing, models, hub, deep=False, patience=QUICK)
         status = 0

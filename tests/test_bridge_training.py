@@ -437,6 +437,8 @@ def test_verify_names_the_command_for_a_damaged_bridge(
     train(models, recordings)
     (models / "wavlm-bridge" / "bridge_report.json").unlink()  # for people alone
     assert main(["verify", "--models", str(models), "wavlm-bridge"]) == 0
+    (models / "omnispeech-manifest.json").unlink()
+    assert main(["verify", "--models", str(models), "wavlm-bridge"]) == 0  # entered anew
     (models / "wavlm-bridge" / "model.safetensors").write_bytes(b"")
     assert main(["verify", "--models", str(models), "wavlm-bridge"]) == 1
     told = capsys.readouterr().out

@@ -85,40 +85,47 @@ class Machine:
         return [call[0] for call in self.calls if call[0] in (commands or CHANGES)]
 
     @property
-    def run(self) -> list[str]:
-        """The arguments of the last `docker run` of a server."""
-        return next(c for c in reversed(self.calls) if c[:2] == ["run", "--detach"])
+    def made(self) -> list[str]:
+        """The arguments of the last server that was made."""
+        return next(c for c in reversed(self.calls) if c[0] == "create")
+
+    def containers(self) -> dict[str, bool]:
+        """The name of each one there is, and whether it runs."""
+        return {
+            path.name.removeprefix("container-"): '"running": "true"' in path.read_text()
+            for path in self.place.glob("container-*")
+        }
 
     def value(self, option: str) -> str:
-        return self.run[self.run.index(option) + 1]
+        return self.made[self.made.index(option) + 1]
 
     def environment(self) -> list[str]:
-        return [self.run[i + 1] for i, word in enumerate(self.run) if word == "--env"]
+        return [self.made[i + 1] for i, word in enumerate(self.made) if word == "--env"]
 
 
-CHANGES = ("build", "run", "stop", "rm")
+CHANGES = ("build", "create", "start", "run", "stop")
 
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
     machine = Machine(tmp_path)
     yield machine
-    state = tmp_path / "container"
-    if state.exists() and (pid := json.loads(state.read_text()).get("pid")):
-        os.kill(pid, 9)
+    for state in tmp_path.glob("container-*"):
+        if pid := json.loads(state.read_text()).get("pid"):
+            os.kill(pid, 9)
 
 
 def test_one_command_builds_starts_and_waits_until_the_server_is_ready(machine: Machine) -> None:
     ran = machine.start()
     assert ran.returncode == 0, ran.stderr
-    assert machine.called() == ["build", "run"]
+    assert machine.called() == ["build", "create", "start"]
     assert (machine.home / "models").is_dir()
-    assert machine.value("--name") == "opens2s-server"
+    assert machine.containers() == {"opens2s-server": True}
     assert machine.value("--volume") == f"{machine.home}/models:/models"
     assert machine.value("--publish") == f"127.0.0.1:{machine.port}:8000"
-    assert machine.value("--gpus") == "all" and "--init" in machine.run
+    assert machine.value("--gpus") == "all" and "--init" in machine.made
     assert machine.value("--restart") == "unless-stopped"
-    assert machine.run[-1] == "omnispeech:server"
+    assert machine.made[-1] == "omnispeech:server"
     assert f"http://127.0.0.1:{machine.port}" in ran.stdout
     assert "docker exec -it opens2s-server python3 /app/quantize_llm_awq.py" in ran.stdout
 
@@ -133,7 +140,8 @@ def test_a_second_call_replaces_the_container_and_keeps_the_models(machine: Mach
     (machine.home / "models/kept").touch()
     ran = machine.start()
     assert ran.returncode == 0, ran.stderr
-    assert machine.called() == ["build", "run", "build", "stop", "rm", "run"]
+    assert machine.called()[3:] == ["build", "create", "stop", "start"]
+    assert machine.containers() == {"opens2s-server": True}
     assert (machine.home / "models/kept").exists() and "is kept" in ran.stdout
 
 
@@ -157,7 +165,7 @@ def test_without_a_gpu_the_image_is_the_small_one(machine: Machine) -> None:
     assert ran.returncode == 0, ran.stderr
     build = next(call for call in machine.calls if call[0] == "build")
     assert "TORCH_INDEX=" in build[build.index("--build-arg") + 1]
-    assert "--gpus" not in machine.run and machine.run[-1] == "omnispeech:server-cpu"
+    assert "--gpus" not in machine.made and machine.made[-1] == "omnispeech:server-cpu"
     assert "OMNISPEECH_DEVICE=cpu" in machine.environment()
 
 
@@ -218,7 +226,7 @@ def test_a_wrong_time_for_replies_leaves_the_old_server_alone(machine: Machine) 
     machine.start()
     ran = machine.start(OMNISPEECH_DRAIN_S="1e3")
     assert ran.returncode == 1 and "OMNISPEECH_DRAIN_S='1e3'; allowed" in ran.stderr
-    assert machine.called() == ["build", "run"]
+    assert machine.called() == ["build", "create", "start"]
 
 
 def without(machine: Machine, what: str) -> None:
@@ -271,21 +279,51 @@ def test_a_failed_build_leaves_the_old_server_alone(machine: Machine) -> None:
     machine.says("build-fails")
     ran = machine.start()
     assert ran.returncode == 1 and "left alone" in ran.stderr
-    assert machine.called() == ["build", "run", "build"]
+    assert machine.called() == ["build", "create", "start", "build"]
+
+
+def test_what_docker_refuses_leaves_the_old_server_alone(machine: Machine) -> None:
+    machine.start()
+    machine.says("create-fails")
+    ran = machine.start("--restart-policy", "perhaps")
+    assert ran.returncode == 1 and "invalid restart policy" in ran.stderr
+    assert "left alone" in ran.stderr.replace("\n", " ")
+    assert machine.containers() == {"opens2s-server": True} and "stop" not in machine.called()
 
 
 def test_a_container_that_does_not_start_is_removed(machine: Machine) -> None:
-    machine.says("run-fails")
+    machine.says("start-fails")
     ran = machine.start()
-    assert ran.returncode == 1 and "already allocated" in ran.stderr
-    assert machine.called() == ["build", "run", "rm"]
+    assert ran.returncode == 1 and "cannot assign" in ran.stderr and "old" not in ran.stderr
+    assert machine.containers() == {}
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_the_old_server_is_back_when_the_new_one_does_not_start(
+    running: bool, machine: Machine
+) -> None:
+    machine.start()
+    if not running:
+        machine.start("--stop")
+    machine.says("start-fails")
+    ran = machine.start("--listen", "192.0.2.1")
+    assert ran.returncode == 1 and "cannot assign" in ran.stderr
+    assert ("the old one runs again" in ran.stderr) == running
+    assert machine.containers() == {"opens2s-server": running}
+
+
+def test_what_a_call_left_that_was_cut_short_is_removed(machine: Machine) -> None:
+    for name in ("new", "old"):
+        machine.says(f"container-opens2s-server-{name}", '{"running": "false"}')
+    assert machine.start().returncode == 0
+    assert machine.containers() == {"opens2s-server": True}
 
 
 def test_a_server_that_another_call_started_meanwhile_is_left_alone(machine: Machine) -> None:
-    machine.says("name-taken")
-    ran = machine.start()
-    assert ran.returncode == 1 and "already in use" in ran.stderr
-    assert json.loads((machine.place / "container").read_text())["running"] == "true"
+    machine.says("started-meanwhile")
+    ran = machine.start("--quantize")
+    assert ran.returncode == 1 and "another call has started a server" in ran.stderr
+    assert machine.containers()["opens2s-server"] and "start" not in machine.called()
 
 
 def test_a_container_that_goes_while_it_starts_is_missed(machine: Machine) -> None:
@@ -320,10 +358,10 @@ def test_quantizing_has_the_gpu_to_itself(machine: Machine) -> None:
     machine.start()
     ran = machine.start("--quantize")
     assert ran.returncode == 0, ran.stderr
-    assert machine.called()[2:] == ["build", "stop", "rm", "rm", "run", "run"]
-    quantizer = [call for call in machine.calls if call[0] == "run"][1]
+    assert machine.called()[3:] == ["build", "create", "stop", "run", "start"]
+    [quantizer] = [call for call in machine.calls if call[0] == "run"]
     assert quantizer[-2:] == ["python3", "/app/quantize_llm_awq.py"] and "--rm" in quantizer
-    left = [call for call in machine.calls if call[0] == "rm"][-1]
+    left = next(call for call in machine.calls if call[:2] == ["rm", "--force"])
     assert left[-1] == "opens2s-server-quantizer" == quantizer[quantizer.index("--name") + 1]
     for option in ("--gpus", "--user", "--volume"):
         assert quantizer[quantizer.index(option) + 1] == machine.value(option)
@@ -340,7 +378,7 @@ def test_ctrl_c_while_quantizing_starts_no_server(machine: Machine) -> None:
     machine.says("quantizer-fails", "130")
     ran = machine.start("--quantize")
     assert ran.returncode == 1 and "no server is running now" in ran.stderr
-    assert machine.called().count("run") == 1 and "--detach" not in machine.calls[-1]
+    assert "start" not in machine.called()
 
 
 def test_a_controller_is_told_where_this_server_is(machine: Machine) -> None:
@@ -349,7 +387,7 @@ def test_a_controller_is_told_where_this_server_is(machine: Machine) -> None:
     assert ran.returncode == 0, ran.stderr
     assert "OMNISPEECH_CONTROLLER=http://10.0.0.9:21001" in machine.environment()
     assert "OMNISPEECH_WORKER_ADDRESS=http://10.0.0.2:8000" in machine.environment()
-    assert [word for word in machine.run if "21001" in word and "--env" not in word] == [
+    assert [word for word in machine.made if "21001" in word and "--env" not in word] == [
         "OMNISPEECH_CONTROLLER=http://10.0.0.9:21001"
     ]  # no port of it is published
 
@@ -384,4 +422,4 @@ def test_stop_stops_the_container_and_keeps_it(machine: Machine) -> None:
     machine.start()
     assert machine.start("--stop").stdout == "stopped\n"
     assert machine.start("--stop").stdout == "no server was running\n"
-    assert machine.called() == ["build", "run", "stop"]
+    assert machine.called() == ["build", "create", "start", "stop"]

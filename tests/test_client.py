@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import numpy as np
@@ -299,10 +300,25 @@ def test_an_answer_that_is_no_json_is_shown_as_it_is(
 ) -> None:
     transport = httpx.MockTransport(lambda request: httpx.Response(502, text="bad gateway"))
     client = httpx.Client(transport=transport)
-    monkeypatch.setattr("omnispeech.client.httpx.stream", client.stream)
+
+    def stream(*args: Any, trust_env: bool, **request: Any) -> Any:
+        assert trust_env  # a proxy of the environment may be the way to another machine
+        return client.stream(*args, **request)
+
+    monkeypatch.setattr("omnispeech.client.httpx.stream", stream)
     assert say(question, Path("reply.wav"), "http://proxy") == 1
     assert capsys.readouterr().err == "omnispeech: the server refused (502): bad gateway\n"
     client.close()
+
+
+@pytest.mark.parametrize("proxy", ["HTTP_PROXY", "ALL_PROXY"])
+def test_proxies_are_not_asked_for_this_machine(
+    question: Path, proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(proxy, "http://127.0.0.1:9")
+    with serving(FakeEngine()) as url:
+        assert say(question, Path("reply.wav"), url) == 0
+        assert say(question, Path("reply.wav"), url.replace("127.0.0.1", "localhost")) == 0
 
 
 def test_history_audio_is_the_file_as_it_was_read(question: Path) -> None:

@@ -298,6 +298,16 @@ async def test_a_heartbeat_answered_with_something_else_is_a_failure(
         assert len(scene.registrations) == 1
 
 
+async def test_a_name_that_no_host_can_have_is_told_as_such(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def look_up(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=("a" * 64).encode("idna"))
+
+    async with running(Scene(answer=look_up)):
+        assert "no host can have such a name" in warnings(caplog)[0]
+
+
 @pytest.mark.parametrize("error", [httpx.ReadTimeout(""), TimeoutError()])
 async def test_a_slow_controller_is_told_with_the_limit(
     error: Exception, caplog: pytest.LogCaptureFixture
@@ -336,6 +346,25 @@ async def test_a_worker_that_never_registered_leaves_without_a_word() -> None:
     scene = Scene()
     await scene.registration.leave()
     assert scene.controller.calls == []
+
+
+async def test_a_stop_during_the_first_registration_takes_it_back() -> None:
+    offered: list[list[str]] = []
+
+    async def slow(request: httpx.Request) -> httpx.Response:
+        offered.append(json.loads(request.content)["worker_status"]["model_names"])
+        if len(offered) == 1:
+            await asyncio.Event().wait()  # it has heard, and its answer is on its way
+        return httpx.Response(200, json=None)
+
+    status = WorkerStatus(model_names=["omnispeech"], queue_length=0)
+    registration = Registration("http://c", WORKER, lambda: status, httpx.MockTransport(slow))
+    task = asyncio.create_task(registration.run())
+    await settled()
+    task.cancel()
+    await asyncio.wait([task])
+    await registration.leave()
+    assert offered == [["omnispeech"], []]
 
 
 async def test_a_controller_that_is_gone_does_not_disturb_leaving() -> None:

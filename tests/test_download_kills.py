@@ -25,7 +25,7 @@ from hub_server import Hub, serving
 
 from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.download.directory import fetch_all
-from omnispeech.download.present import is_ready
+from omnispeech.download.present import settle
 
 HERE = Path(__file__).parent
 
@@ -65,7 +65,7 @@ def dies_at(step: int, patch: pytest.MonkeyPatch) -> None:
 
 
 def start(hub: Hub, models: Path) -> None:
-    if not is_ready(models / "OpenS2S"):
+    if not settle(models / "OpenS2S", settings(hub)):
         fetch_all(["OpenS2S"], models, settings(hub, connections=1), patience=QUICK)
 
 

@@ -13,12 +13,13 @@ import torch
 from quantized_models import GEMM, INT8, quantize_language_model, quantize_opens2s
 from torch import nn
 
-from omnispeech.checkpoint import opens2s, prepared
+from omnispeech.checkpoint import opens2s, prepared, prepared_key
 from omnispeech.checkpoint.kernel_ready import KernelReady, write_kernel_ready
 from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.checkpoint.models_directory import choose_sources
 from omnispeech.checkpoint.opens2s import Loading, load_opens2s
-from omnispeech.checkpoint.prepared import Machine, find_prepared, prepared_entries
+from omnispeech.checkpoint.prepared import find_prepared, prepared_entries
+from omnispeech.checkpoint.prepared_key import Machine
 from omnispeech.checkpoint.tensor_file import TensorFile
 from omnispeech.cli import main
 from omnispeech.layers.linear import QuantizedLinear
@@ -196,7 +197,7 @@ def another_torch(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def another_tile(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "tile_orders", lambda device: b"another")
+    monkeypatch.setattr(prepared_key, "tile_orders", lambda device: b"another")
 
 
 @pytest.mark.parametrize("change", [another_model, another_torch, another_tile])
@@ -223,7 +224,7 @@ def test_a_copy_for_another_kernel_or_machine_stays(
 ) -> None:
     load(models)
     load(models, kernel="reference")
-    monkeypatch.setattr(prepared, "_capability", lambda device: "sm_90")
+    monkeypatch.setattr(prepared_key, "_capability", lambda device: "sm_90")
     load(models)
     assert len(copies(models)) == len(prepared_entries(models)) == 3
 
@@ -255,6 +256,59 @@ def test_a_damaged_copy_is_not_used_and_made_again(
     assert same(load(models), first)
     assert caplog.text == ""
     assert main(["verify", "--models", str(models), copy, "--deep"]) == 0
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_copy_that_is_cut_short_while_it_is_read_is_not_used_and_made_again(
+    models: Path, good: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, read = models / "OpenS2S-8bit", KernelReady.read
+    quantize_opens2s(OPENS2S, base)
+    Manifest(models).enter(base.name, {"by": "a test"})
+    first = load_opens2s(base, CPU, torch.float32, loading=Loading(prepare=True)).model
+    (copy,) = copies(models)
+    reads: list[int] = []
+
+    def cut(self: KernelReady, *given: Any) -> Any:
+        if given[0] and len(reads) == good:  # language models that are read to their end
+            (models / copy / "model.safetensors").write_bytes(b"")
+        reads.extend([1] * bool(given[0]))
+        return read(self, *given)
+
+    loading = Loading(prepare=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(KernelReady, "read", cut)
+        again = load_opens2s(base, CPU, torch.float32, loading=loading).model
+    assert len(reads) == good + 1 and same(again, first)
+    assert caplog.text.count(f"{models / copy} is not used, and made again: ") == 1
+    assert "keep kernel-ready weights" in loading.phases.done()
+    assert main(["verify", "--models", str(models), copy, "--deep"]) == 0
+    third = load_opens2s(base, CPU, torch.float32, loading=Loading(prepare=True)).model
+    assert same(third, first)
+
+
+def test_what_is_in_the_place_of_a_copy_makes_room_for_it(
+    models: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    first = load(models)
+    (copy,) = copies(models)
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "weights"
+    places = {
+        "a file": lambda path: path.write_bytes(b""),
+        "a link to nothing": lambda path: path.symlink_to(elsewhere),
+        "a link to others": lambda path: (elsewhere.mkdir(), path.symlink_to(elsewhere)),
+    }
+    for put in places.values():
+        shutil.rmtree(models / copy)
+        put(models / copy)
+        (models / f"{copy}.partial").symlink_to("nowhere")
+        assert [p.state for p in find_prepared(choose_sources(models), MACHINE).values()] == [
+            "outdated"
+        ]
+        assert same(load(models), first)
+        assert copies(models) == [copy] and not (models / copy).is_symlink()
+        assert main(["verify", "--models", str(models), copy]) == 0
+    assert elsewhere.is_dir()  # nothing outside of the models directory is deleted
 
 
 def test_a_copy_whose_entry_tells_of_another_header_is_not_used(

@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -94,8 +96,13 @@ def test_there_are_as_many_replicas_as_there_is_room_for(
 def test_no_room_for_one_replica_is_told_at_once() -> None:
     with pytest.raises(ConfigError, match="Ray has 1 cores and 0 GPUs; a replica needs 2 and 0"):
         most_replicas(ScaleConfig(replica_cpus=2), 0, {"CPU": 1})
-    later = ScaleConfig(replica_cpus=2, max_replicas=3)  # machines are still to come
-    assert most_replicas(later, 0, {"CPU": 1}) == 3
+
+
+def test_machines_of_a_cluster_may_still_come_and_those_of_this_one_may_not() -> None:
+    here = ScaleConfig(replica_cpus=2, max_replicas=3)
+    assert most_replicas(replace(here, ray_address="auto"), 0, {"CPU": 1}) == 3
+    with pytest.raises(ConfigError, match="Ray has 1 cores"):
+        most_replicas(here, 0, {"CPU": 1})
 
 
 @pytest.mark.parametrize(
@@ -113,6 +120,9 @@ def test_what_has_no_effect_behind_ray_is_refused(server: ServerConfig) -> None:
     [
         ({"models": "/nowhere"}, "/nowhere/OpenS2S is missing"),
         ({"controller": "http://c"}, "no controller"),
+        ({"kernel": "fast"}, "unknown kernel 'fast'"),
+        ({"dtype": "fp64"}, "--dtype 'fp64'"),
+        ({"device": "cuda:99"}, "--device cuda:99: this machine has"),
     ],
 )
 def test_what_is_known_to_be_wrong_is_told_before_ray_starts(
@@ -121,6 +131,33 @@ def test_what_is_known_to_be_wrong_is_told_before_ray_starts(
     monkeypatch.setattr(ray_deployment, "cluster", None)
     with pytest.raises(OmniSpeechError, match=words):
         ray_deployment.serve_until_stopped(settings_of(values, {}), ScaleConfig())
+
+
+def test_a_cluster_has_other_devices_than_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    scale = ScaleConfig(ray_address="auto")
+    ray_deployment.check(settings_of({"device": "cuda"}, {}), scale)
+    with pytest.raises(ConfigError, match="unknown kernel"):
+        ray_deployment.check(settings_of({"kernel": "fast"}, {}), scale)
+
+
+def test_a_signal_while_ray_starts_takes_away_what_was_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ray sets handlers of its own when it starts: one leaves at once, one aborts."""
+    ended: list[str] = []
+    before = signal.getsignal(signal.SIGTERM)
+    leave = partial(signal.signal, signal.SIGTERM, lambda number, frame: ended.append("at once"))
+    monkeypatch.setattr("ray.init", lambda *_, **__: leave())
+    monkeypatch.setattr("ray.serve.start", lambda **_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr("ray.serve.shutdown", lambda: ended.append("serve"))
+    monkeypatch.setattr("ray.shutdown", lambda: ended.append("ray"))
+    try:
+        settings = settings_of({"port": free_port()}, {})
+        with pytest.raises(KeyboardInterrupt), ray_deployment.cluster(settings, ScaleConfig()):
+            pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended == ["serve", "ray"]
 
 
 def test_a_misspelt_setting_of_a_serve_config_is_named() -> None:

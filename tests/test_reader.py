@@ -1,7 +1,10 @@
 """Several threads bring tensors from files to their device."""
 
+import contextlib
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,6 +158,21 @@ def test_an_error_that_nobody_expected_arrives_as_well(
     monkeypatch.setattr(TensorFile, "read_bytes", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(read_tensors(requests(file), CPU, 4))
+
+
+def test_a_file_that_failed_is_let_go_with_its_error(file: TensorFile) -> None:
+    """Whoever goes on without a copy that was cut short needs its memory, and its disk."""
+    damaged = TensorFile(file.path)
+    file.path.write_bytes(b"")
+    alive = weakref.ref(damaged)
+    gc.disable()
+    try:
+        with contextlib.suppress(CheckpointError):
+            list(read_tensors(requests(damaged), CPU, 2))
+        del damaged
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_little_is_read_ahead_of_a_slow_caller(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def unsettle_original(models: Path) -> str:
     raw = json.loads((models / FILE_NAME).read_text())
     del raw["entries"]["OpenS2S"]
     (models / FILE_NAME).write_text(json.dumps(raw))
-    return f"OpenS2S is not in {FILE_NAME}; check and enter it with: python startup.py"
+    return f"OpenS2S is not in {FILE_NAME}; check and enter it with: omnispeech verify"
 
 
 def unsettle_bytes(models: Path) -> str:
@@ -122,7 +122,7 @@ def unsettle_bytes(models: Path) -> str:
 
 def unsettle_times(models: Path) -> str:
     os.utime(models / AWQ / "config.json", ns=(1, 1))
-    return "was written to, or copied, since; run `omnispeech verify`"
+    return f"or copied, since (to compare every byte: omnispeech verify --models {models} {AWQ})"
 
 
 def unsettle_directory(models: Path) -> str:

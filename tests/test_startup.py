@@ -256,6 +256,61 @@ def test_a_file_that_is_not_as_entered_is_named_with_the_command_that_mends_it(
     start(tmp_path)
 
 
+def test_the_command_that_mends_asks_the_hub_that_was_set(
+    hub: Hub, by_hand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_ENDPOINT")
+    (by_hand / "OpenS2S" / SHARD).unlink()
+    command = f"omnispeech fetch OpenS2S --models {by_hand} --hub-endpoint {hub.url}"
+    with pytest.raises(OmniSpeechError, match=f"to mend it: {command}"):
+        start(by_hand, "--hub-endpoint", hub.url)
+    assert cli.main(command.split()[1:]) == 0
+
+
+@pytest.mark.parametrize("size", [0, 10])
+def test_one_instruction_is_given_for_a_file_that_changed(models: Path, size: int) -> None:
+    (models / NAMES[1] / "flow.pt").write_bytes(bytes(size))
+    command = f"omnispeech fetch {NAMES[1]} --models {models}"
+    told = rf"instead of \d+ \(to mend it: {command}\)$"
+    with pytest.raises(OmniSpeechError, match=told):
+        start(models)
+
+
+def test_a_manifest_that_is_damaged_is_made_anew_with_the_words_of_its_error(
+    hub: Hub, converted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Manifest(converted).path.write_text("{")
+    told = f"enter what is whole anew with: omnispeech verify --models {converted}"
+    with pytest.raises(OmniSpeechError, match=f"move the file away, then {told}$"):
+        start(converted)
+    Manifest(converted).path.unlink()
+    assert cli.main(told.partition("omnispeech ")[2].split()) == 0
+    assert Manifest(converted).names() == sorted(NAMES)
+    told = capsys.readouterr().out
+    assert all(f"{name}: entered: headers fit" in told for name in NAMES)
+    start(converted)
+    assert not hub.requests
+
+
+def test_verify_enters_no_half_of_a_model(
+    by_hand: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (by_hand / "OpenS2S" / SHARD).unlink()
+    assert cli.main(["verify", "--models", str(by_hand)]) == 1
+    command = f"(to mend it: omnispeech fetch OpenS2S --models {by_hand})"
+    assert f"not in the manifest and not whole {command}\n" in capsys.readouterr().out
+    assert Manifest(by_hand).names() == [NAMES[1]]
+
+
+def test_models_that_are_no_directory_are_told_before_anything_is_imported(
+    hub: Hub, tmp_path: Path
+) -> None:
+    (tmp_path / "models").touch()
+    with pytest.raises(OmniSpeechError, match="is no directory; name a models directory with"):
+        start(tmp_path / "models")
+    assert not hub.requests
+
+
 def test_a_conversion_with_other_numbers_is_found_by_a_deep_verification(
     converted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,8 +355,7 @@ def test_settings_that_name_another_repository_than_the_one_there_are_told(
     start(tmp_path, "--opens2s-revision", "v2")
     assert (
         f"OpenS2S is from CASIA-LM/OpenS2S, revision main; for CASIA-LM/OpenS2S, revision v2, as "
-        f"set: omnispeech fetch OpenS2S --models {tmp_path} --update "
-        "--opens2s-repo CASIA-LM/OpenS2S --opens2s-revision v2"
+        f"set: omnispeech fetch OpenS2S --models {tmp_path} --opens2s-revision v2 --update"
     ) in caplog.text
     assert not hub.requests
     shutil.rmtree(tmp_path / "OpenS2S")
@@ -366,17 +420,18 @@ def answers(url: str) -> bool:
         return False
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_signal_while_fetching_ends_at_once_and_keeps_what_came(
-    hub: Hub, tmp_path: Path
+    hub: Hub, tmp_path: Path, number: int
 ) -> None:
     befall(hub, SHARD, pause_s=0.3)
     process = program(tmp_path, "--port", "0")
     wait_until(lambda: hub.sent[SHARD] > 100_000, 120)
     began = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     shown, _ = process.communicate(timeout=120)
-    assert process.returncode == 143 and time.monotonic() - began < 5
-    assert "stopped; the next start goes on from here" in shown
+    assert process.returncode == 128 + number and time.monotonic() - began < 5
+    assert "stopped; the next start goes on from here" in shown and "Traceback" not in shown
     hub.mishaps.clear()
     start(tmp_path)
     assert [where for path, where in hub.requests if SHARD in path][-1].startswith("bytes=")
@@ -420,4 +475,4 @@ def test_verify_names_the_command_that_mends_what_was_fetched(
     (models / "OpenS2S" / SHARD).unlink()
     assert cli.main(["verify", "--models", str(models), "OpenS2S"]) == 1
     command = f"omnispeech fetch OpenS2S --models {models}"
-    assert f"(to bring what it lacks, and enter it: {command})" in capsys.readouterr().out
+    assert f"(to mend it: {command})" in capsys.readouterr().out

@@ -150,7 +150,8 @@ from fake_engine import DONE, FakeEngine
 from omnispeech.config import ServerConfig
 from omnispeech.engine.events import TextDelta
 from omnispeech.server.app import create_app
-from omnispeech.server.http import HTTPServer, listen
+from omnispeech.server.door import listen
+from omnispeech.server.http import HTTPServer
 
 class Slow(threading.Event):
     end_s = None
@@ -237,10 +238,20 @@ def test_sigterm_has_a_handler_before_anything_listens() -> None:
     assert subprocess.run([sys.executable, "-c", STARTING]).returncode == 143
 
 
-def test_sigterm_ends_a_server_that_is_still_loading_at_once() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_server_that_is_still_loading_at_once(number: signal.Signals) -> None:
     """A thread inside torch would abort the end of the interpreter."""
     with process(LOADING) as (server, url):
         assert httpx.get(f"{url}/ready").json()["status"] == "loading"
-        server.send_signal(signal.SIGTERM)
+        server.send_signal(number)
         assert server.wait(8) == 0
         assert server.stdout is not None and "terminate" not in server.stdout.read()
+
+
+def test_under_nohup_a_closed_terminal_ends_no_server() -> None:
+    ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    with process(ignored + LOADING) as (server, url):
+        server.send_signal(signal.SIGHUP)
+        assert httpx.get(f"{url}/ready").json()["status"] == "loading"
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(8) == 0

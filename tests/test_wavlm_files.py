@@ -21,14 +21,23 @@ from wavlm_models import (
     write_models,
 )
 
+from omnispeech.checkpoint import hearing
 from omnispeech.checkpoint.decoder import load_decoder
+from omnispeech.checkpoint.files import held_bytes, size_text
 from omnispeech.checkpoint.models_directory import choose_sources
-from omnispeech.checkpoint.opens2s import LoadedOpenS2S, load_opens2s
+from omnispeech.checkpoint.opens2s import LoadedOpenS2S, Loading, load_opens2s
 from omnispeech.checkpoint.shards import Shards
-from omnispeech.checkpoint.wavlm import load_wavlm, read_bridge, read_wavlm
+from omnispeech.checkpoint.wavlm import (
+    check_wavlm_conversion,
+    checkpoint_fingerprint,
+    load_wavlm,
+    read_bridge,
+    read_wavlm,
+)
 from omnispeech.checkpoint.wavlm_paths import WavLMPaths, own_wavlm
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.models.wavlm import WavLMEncoder
+from omnispeech.phases import Phases
 from omnispeech.speech_calibration import Ears
 
 
@@ -98,10 +107,49 @@ def test_of_the_encoder_that_is_replaced_no_byte_is_read(
 
 def test_the_log_says_where_it_hears_from(bridged: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    load(bridged)
+    loaded = load(bridged)
+    heard = held_bytes(encoder(loaded))
+    rest = size_text(held_bytes(loaded.model) - heard)
+    assert f"WavLM and its bridge loaded ({size_text(heard)}, " in caplog.text
+    assert f"✅ model loaded ({rest}, " in caplog.text  # counted once
     assert f"Using WavLM: {bridged / 'wavlm-base-plus'}" in caplog.text
     assert f"Loading WavLM from {bridged / 'wavlm-base-plus'} with {bridged}" in caplog.text
-    assert "WavLM and its bridge loaded (" in caplog.text
+
+
+def load_in_phases(models: Path, audio_encoder: str = "wavlm") -> Phases:
+    sources, loading = choose_sources(models, audio_encoder=audio_encoder), Loading()
+    load_opens2s(sources.base, CPU, torch.float32, wavlm=sources.wavlm, loading=loading)
+    return loading.phases
+
+
+def test_its_phase_tells_what_was_read_of_its_files(bridged: Path) -> None:
+    checkpoint = Shards(bridged / "OpenS2S", CPU)
+    checkpoint_fingerprint(checkpoint)
+    bridge = (bridged / "wavlm-bridge/model.safetensors").stat().st_size
+    for name in ("pytorch_model.bin", "pytorch_model.safetensors"):
+        done = load_in_phases(bridged).done()
+        assert list(done)[:2] == ["check checkpoint", "load WavLM"]
+        body = (bridged / "wavlm-base-plus" / name).stat().st_size
+        assert done["load WavLM"].size == body + bridge + checkpoint.bytes_read
+
+
+def test_its_phase_tells_what_was_read_of_the_checkpoint(bridged: Path) -> None:
+    make_wavlm_checkpoint(bridged, body=None, bridge=random_bridge())
+    bridge = sum(weight.nbytes for weight in random_bridge().state_dict().values())
+    body = (bridged / "wavlm-base-plus/pytorch_model.bin").stat().st_size
+    assert load_in_phases(bridged, "checkpoint").done()["load WavLM"].size == body + bridge
+
+
+def test_it_is_read_in_its_own_phase(bridged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading, done = Loading(), []
+    monkeypatch.setattr(
+        hearing,
+        "read_wavlm",
+        lambda path: done.extend(loading.phases.done()) or read_wavlm(path),
+    )
+    sources = choose_sources(bridged, audio_encoder="wavlm")
+    load_opens2s(sources.base, CPU, torch.float32, wavlm=sources.wavlm, loading=loading)
+    assert done == ["check checkpoint"]
 
 
 def test_no_file_is_mapped_by_what_was_loaded(bridged: Path) -> None:
@@ -121,6 +169,21 @@ def test_the_pickle_is_converted_once(bridged: Path, monkeypatch: pytest.MonkeyP
     assert same(first, encoder(load(bridged)).state_dict())
     (bridged / "wavlm-base-plus/pytorch_model.bin").unlink()
     assert same(first, encoder(load(bridged)).state_dict())
+
+
+def test_a_conversion_of_other_tensors_is_found(models: Path) -> None:
+    directory = models / "wavlm-base-plus"
+    check_wavlm_conversion(directory)  # there is none
+    read_wavlm(directory)
+    check_wavlm_conversion(directory)
+    converted = directory / "pytorch_model.safetensors"
+    data = bytearray(converted.read_bytes())
+    data[-1000] ^= 1
+    converted.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"{converted} does not hold .* pytorch_model.bin"):
+        check_wavlm_conversion(directory)
+    save_file(pickled(models), directory / "model.safetensors")  # is read in its place
+    check_wavlm_conversion(directory)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "new names", "within a larger model", "half"])
@@ -238,7 +301,9 @@ def test_f5_without_a_trained_bridge_it_refuses_and_says_why(models: Path) -> No
 def test_a_bridge_that_was_changed_or_not_finished_is_refused(bridged: Path) -> None:
     weights = bridged / "wavlm-bridge/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
-    with pytest.raises(CheckpointError, match="changed; make it again .* train-bridge .*overwrite"):
+    with pytest.raises(
+        CheckpointError, match="changed .*to train it again: .* train-bridge .*overwrite"
+    ):
         choose_sources(bridged, audio_encoder="wavlm")
     (bridged / "omnispeech-manifest.json").unlink()
     with pytest.raises(CheckpointError, match="is not in .* train-bridge .*--overwrite"):
@@ -281,7 +346,7 @@ def test_a_bridge_is_written_and_read_exactly(models: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"format": 2}, "has format 2; known: 1; train it again"),
+        ({"format": 2}, "has format 2; known: 1; train it again with: .* --models .* --overwrite"),
         ({"wavlm": None}, "has no wavlm"),
     ],
 )

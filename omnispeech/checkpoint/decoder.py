@@ -9,11 +9,18 @@ from torch import Tensor, nn
 
 from omnispeech.checkpoint.decoder_config import read_config
 from omnispeech.checkpoint.files import assign_weights, build_on_meta
-from omnispeech.checkpoint.pickles import is_current, read_conversion, read_pickle, write_conversion
-from omnispeech.errors import CheckpointError
+from omnispeech.checkpoint.pickles import (
+    compare_conversion,
+    current_file,
+    read_conversion,
+    read_pickle,
+    write_conversion,
+)
 from omnispeech.models.flow import Flow
 from omnispeech.models.hift import HiFT
 from omnispeech.models.speech_decoder import SpeechDecoder
+
+PUBLISHED = FLOW, HIFT = "flow.pt", "hift.pt"
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -27,43 +34,32 @@ def load_decoder(
     loads read only those for as long as the `.pt` does not change.
     """
     flow_config, hift_config = read_config(directory / "config.yaml")
-    flow = _load(lambda: Flow(flow_config), directory / "flow.pt", device, convert)
-    hift = _load(lambda: HiFT(hift_config), directory / "hift.pt", device, convert)
+    flow = _load(lambda: Flow(flow_config), directory / FLOW, device, convert)
+    hift = _load(lambda: HiFT(hift_config), directory / HIFT, device, convert)
     return SpeechDecoder(flow, hift)
 
 
-def check_conversion(directory: Path) -> None:
-    """Raises CheckpointError for a conversion that holds other tensors than its pickle.
+def decoder_files(directory: Path) -> list[Path]:
+    """The weights that `load_decoder` reads, in its order; see `current_file`."""
+    return [current_file(directory / name) for name in PUBLISHED]
 
-    One of an older pickle is made again by whoever loads it.
-    """
-    for pickled in (directory / "flow.pt", directory / "hift.pt"):
-        converted = pickled.with_suffix(".safetensors")
-        if not pickled.exists() or not is_current(converted, pickled):
-            continue
-        wanted, found = convert_weights(read_pickle(pickled)), read_conversion(converted)
-        same = wanted.keys() == found.keys() and all(
-            torch.equal(wanted[name], found[name]) for name in wanted
-        )
-        if not same:
-            raise CheckpointError(
-                f"{converted} does not hold the tensors of {pickled.name}: delete it, the next "
-                "start converts again"
-            )
+
+def check_conversion(directory: Path) -> None:
+    """Raises CheckpointError for a conversion that holds other tensors than its pickle."""
+    for name in PUBLISHED:
+        compare_conversion(directory / name, convert_weights)
 
 
 def _load(
     make: Callable[[], Network], pickled: Path, device: torch.device | str, convert: bool
 ) -> Network:
     model = build_on_meta(make)
-    converted = pickled.with_suffix(".safetensors")
-    if is_current(converted, pickled):
-        assign_weights(model, read_conversion(converted), str(converted))
-    else:
-        weights = convert_weights(read_pickle(pickled))
-        assign_weights(model, weights, str(pickled))
-        if convert:
-            write_conversion(converted, weights, pickled)
+    path = current_file(pickled)
+    is_pickle = path == pickled
+    weights = convert_weights(read_pickle(path)) if is_pickle else read_conversion(path)
+    assign_weights(model, weights, str(path))
+    if is_pickle and convert:
+        write_conversion(weights, pickled)
     return model.to(device)  # type: ignore[return-value]
 
 

@@ -5,53 +5,34 @@ brings neither, and of its own encoder no byte is read.
 """
 
 import logging
-import shlex
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from omnispeech.checkpoint.files import assign_weights, check_weights, size_text
+from omnispeech.checkpoint.files import assign_weights, check_weights, held_bytes, size_text
+from omnispeech.checkpoint.models_directory import train_command
 from omnispeech.checkpoint.shards import Shards, TensorFiles
 from omnispeech.checkpoint.wavlm import (
+    WEIGHTS,
     WavLMFiles,
     checkpoint_fingerprint,
     plain_weights,
     read_bridge,
     read_wavlm,
     wavlm_config,
+    wavlm_file,
 )
 from omnispeech.checkpoint.wavlm_paths import BODY, ENCODER, LAYERS, WavLMPaths
 from omnispeech.checkpoint.weight_plan import Target
 from omnispeech.errors import CheckpointError
 from omnispeech.models.wavlm import WavLMConfig, WavLMEncoder
-from omnispeech.models.whisper import EncoderConfig, WhisperEncoder
+from omnispeech.models.whisper import EncoderConfig
+from omnispeech.phases import Phases
 
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Hearing:
-    """A WavLM and its bridge, read and found to fit, not yet in the model."""
-
-    encoder: WavLMEncoder
-    weights: dict[str, Tensor]  # by the names in `encoder`
-    source: str
-
-    def load(self, target: Target) -> int:
-        """Into the encoder, with the lines that tell it -> bytes as they were stored."""
-        logger.info("🔄 Loading WavLM from %s...", self.source)
-        began = time.perf_counter()
-        weights = {n: w.to(target.device, target.dtype) for n, w in self.weights.items()}
-        assign_weights(self.encoder, weights, self.source)
-        size = sum(weight.nbytes for weight in weights.values())
-        seconds = time.perf_counter() - began
-        logger.info("✅ WavLM and its bridge loaded (%s, %.1f s)", size_text(size), seconds)
-        return sum(weight.nbytes for weight in self.weights.values())
 
 
 def with_wavlm(
@@ -63,28 +44,44 @@ def with_wavlm(
     return wavlm_config(paths.body, encoder.d_model)
 
 
-def open_hearing(
-    directory: Path, encoder: WhisperEncoder | WavLMEncoder, paths: WavLMPaths | None
-) -> Hearing | None:
-    """None if `encoder` of the checkpoint in `directory` is no WavLM; it is still on meta.
+def load_hearing(
+    directory: Path, encoder: WavLMEncoder, paths: WavLMPaths, target: Target, phases: Phases
+) -> None:
+    """Fills `encoder` of the checkpoint in `directory`, which is on meta, with lines that tell it.
 
     Raises CheckpointError for what is missing, damaged, misshapen, or does not belong together.
     """
-    if not isinstance(encoder, WavLMEncoder) or paths is None:
-        return None
-    tensors = Shards(directory, CPU)
+    sources = [str(path or directory) for path in (paths.body, paths.bridge)]
+    source = " with ".join(dict.fromkeys(sources))
+    logger.info("🔄 Loading WavLM from %s...", source)
+    with phases.measure("load WavLM") as phase:
+        tensors, files = Shards(directory, CPU), _files(paths)
+        weights = _read(directory, encoder, paths, tensors)
+        check_weights(encoder, {name: tuple(w.shape) for name, w in weights.items()}, source)
+        placed = {name: w.to(target.device, target.dtype) for name, w in weights.items()}
+        assign_weights(encoder, placed, source)
+        phase.size = tensors.bytes_read + sum(path.stat().st_size for path in files)
+    size = size_text(held_bytes(encoder))
+    logger.info("✅ WavLM and its bridge loaded (%s, %.1f s)", size, phase.seconds)
+
+
+def _files(paths: WavLMPaths) -> list[Path]:
+    """Those beside the checkpoint that are read, found before a pickle among them is converted."""
+    body = [wavlm_file(paths.body)] if paths.body else []
+    return body + ([paths.bridge / WEIGHTS] if paths.bridge else [])
+
+
+def _read(
+    directory: Path, encoder: WavLMEncoder, paths: WavLMPaths, tensors: TensorFiles
+) -> dict[str, Tensor]:
+    """By the names in `encoder`."""
     body = read_wavlm(paths.body) if paths.body else _stored_body(directory, encoder, tensors)
-    weights = {f"wavlm.{name}": weight for name, weight in body.weights.items()}
     bridge = (
         _bridge_between(paths.bridge, directory, tensors, body)
         if paths.bridge
         else _stored(tensors, *LAYERS)
     )
-    sources = [str(path or directory) for path in (paths.body, paths.bridge)]
-    hearing = Hearing(encoder, weights | bridge, " with ".join(dict.fromkeys(sources)))
-    shapes = {name: tuple(weight.shape) for name, weight in hearing.weights.items()}
-    check_weights(encoder, shapes, hearing.source)
-    return hearing
+    return {f"wavlm.{name}": weight for name, weight in body.weights.items()} | bridge
 
 
 def _stored(tensors: TensorFiles, *prefixes: str) -> dict[str, Tensor]:
@@ -117,6 +114,6 @@ def _bridge_between(
         if wanted != found:
             raise CheckpointError(
                 f"{path} was trained for another {what} than {owner}; train one for it with: "
-                f"omnispeech train-bridge --models {shlex.quote(str(path.parent))} --overwrite"
+                f"{train_command(path.parent)} --overwrite"
             )
     return bridge.weights

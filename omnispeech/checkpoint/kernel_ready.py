@@ -23,6 +23,7 @@ BIAS = "bias"  # is never repacked, and read where it was
 class KernelReady:
     def __init__(self, path: Path) -> None:
         """Reads the header; raises CheckpointError for a file that is damaged."""
+        self.path = path
         self._file = TensorFile(path)
         self.header_digest = self._file.header_digest
         try:

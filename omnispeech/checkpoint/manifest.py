@@ -10,7 +10,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -55,6 +56,10 @@ class ManifestEntry:
         }
 
 
+class Touched(CheckpointError):
+    """Sizes are as entered, a time is not: the bytes may be the same."""
+
+
 class Manifest:
     def __init__(self, models_directory: Path) -> None:
         """The file itself need not be there yet; it is read at every call."""
@@ -70,7 +75,7 @@ class Manifest:
         if name not in entries:
             raise CheckpointError(
                 f"{self._directory / name} is not in {self.path}: it was not finished, or came "
-                f"from elsewhere; make it again, or run `omnispeech verify`"
+                f"from elsewhere; make it again, or enter it with: {self._verify} {name}"
             )
         return entries[name]
 
@@ -109,42 +114,57 @@ class Manifest:
     def check(self, name: str, deep: bool = False) -> None:
         """Raises CheckpointError, with the file, if the directory is not as it was entered.
 
-        By names, sizes and times of change; `deep` hashes every file instead, and accepts equal
-        bytes that were copied or restored at another time. Reports are not looked at.
+        By names, sizes and times of change (Touched); `deep` hashes every file instead, and
+        accepts equal bytes that were copied or restored at another time. Reports are not looked at.
         """
+        entry = self._sized(name)
+        if deep:
+            self._compare(name, entry, entry.compared)
+        elif touched := self._touched(name, entry):
+            reason = "it was written to, or copied, since"
+            raise Touched(self._unlike(self._directory / name / touched[0], reason))
+
+    def check_touched(self, name: str) -> None:
+        """As `check` with `deep`, but only files with another time are hashed."""
+        entry = self._sized(name)
+        self._compare(name, entry, self._touched(name, entry))
+
+    def _sized(self, name: str) -> ManifestEntry:
+        """Of a directory whose files are there, with their sizes."""
         entry = self.entry(name)
+        for file, record in entry.compared.items():
+            self._check_size(self._directory / name / file, record)
+        return entry
+
+    def _compare(self, name: str, entry: ManifestEntry, files: Iterable[str]) -> None:
         directory = self._directory / name
-        for file, record in entry.compared.items():
-            self._check_size(directory / file, record)
-        if not deep:
-            self._check_times(directory, entry)
-            return
-        found = {file: record_file(directory / file) for file in entry.compared}
-        for file, record in entry.compared.items():
-            if found[file].sha256 != record.sha256:
-                raise self._changed(directory / file, "its bytes have changed; make it again")
-        if found != entry.compared:
-            self._renew(name, ManifestEntry(entry.made, entry.entered, {**entry.files, **found}))
+        found = {file: record_file(directory / file) for file in files}
+        for file, record in found.items():
+            if record.sha256 != entry.files[file].sha256:
+                raise self._changed(directory / file, "its bytes have changed")
+        if (files_now := {**entry.files, **found}) != entry.files:
+            self._renew(name, ManifestEntry(entry.made, entry.entered, files_now))
 
     def _check_size(self, path: Path, record: FileRecord) -> None:
         if not path.is_file():
-            raise self._changed(path, "it is missing; make it again")
+            raise self._changed(path, "it is missing")
         if (size := path.stat().st_size) != record.size:
-            raise self._changed(
-                path, f"it has {size} bytes instead of {record.size}; make it again"
-            )
+            raise self._changed(path, f"it has {size} bytes instead of {record.size}")
 
-    def _check_times(self, directory: Path, entry: ManifestEntry) -> None:
-        for file, record in entry.compared.items():
-            if (directory / file).stat().st_mtime_ns != record.mtime_ns:
-                raise self._changed(
-                    directory / file,
-                    "it was written to, or copied, since; run `omnispeech verify`, which compares "
-                    "every byte",
-                )
+    def _touched(self, name: str, entry: ManifestEntry) -> list[str]:
+        """Files that have another time than when they were entered."""
+        return [
+            file
+            for file, record in entry.compared.items()
+            if (self._directory / name / file).stat().st_mtime_ns != record.mtime_ns
+        ]
 
     def _changed(self, path: Path, reason: str) -> CheckpointError:
-        return CheckpointError(f"{path} is not as it was entered in {self.path.name}: {reason}")
+        """What to do depends on what made the directory: whoever asks adds it."""
+        return CheckpointError(self._unlike(path, reason))
+
+    def _unlike(self, path: Path, reason: str) -> str:
+        return f"{path} is not as it was entered in {self.path.name}: {reason}"
 
     def _renew(self, name: str, entry: ManifestEntry) -> None:
         """Models are often mounted read-only: then every start compares all bytes."""
@@ -176,6 +196,14 @@ class Manifest:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
+    @property
+    def _verify(self) -> str:
+        return f"omnispeech verify --models {shlex.quote(str(self._directory))}"
+
+    @property
+    def _anew(self) -> str:
+        return f"move the file away, then enter what is whole anew with: {self._verify}"
+
     def _read(self) -> Entries:
         if not self.path.exists():
             return {}
@@ -184,19 +212,16 @@ class Manifest:
         except OSError as exc:
             raise CheckpointError(f"{self.path} cannot be read: {exc.strerror}") from exc
         except CheckpointError as exc:
-            raise CheckpointError(f"{exc}; delete it and run `omnispeech verify`") from exc
+            raise CheckpointError(f"{exc}; {self._anew}") from exc
         if raw.get("format") != FORMAT:
             raise CheckpointError(
                 f"{self.path} has format {raw.get('format')!r}; known: {FORMAT}; "
-                "use the version of omnispeech that wrote it, or move the file away and let "
-                "`omnispeech verify` of this version write its own"
+                f"use the version of omnispeech that wrote it, or {self._anew}"
             )
         try:
             return {name: _entry(value) for name, value in raw["entries"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
-            raise CheckpointError(
-                f"{self.path} is damaged: {exc!r}; delete it and run `omnispeech verify`"
-            ) from exc
+            raise CheckpointError(f"{self.path} is damaged: {exc!r}; {self._anew}") from exc
 
 
 def _entry(raw: Mapping[str, Any]) -> ManifestEntry:

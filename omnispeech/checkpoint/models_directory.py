@@ -7,10 +7,11 @@ not is an error, never a reason to take another precision.
 import logging
 import os
 import shlex
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from omnispeech.checkpoint.manifest import Manifest
+from omnispeech.checkpoint.manifest import Manifest, Touched
 from omnispeech.checkpoint.wavlm_paths import BRIDGE, WAVLM, WavLMPaths, is_wavlm, wavlm_paths
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.json_file import read_json
@@ -46,26 +47,31 @@ class Sources:
 
 
 def choose_sources(
-    directory: Path, llm: str = "auto", speech_lm: str = "bf16", audio_encoder: str = "checkpoint"
+    directory: Path,
+    llm: str = "auto",
+    speech_lm: str = "bf16",
+    audio_encoder: str = "checkpoint",
+    coming: Collection[str] = (),
 ) -> Sources:
     """Which directories to load from `directory`; raises CheckpointError for what is not whole.
 
     llm: bf16, awq, gptq, 8bit, or auto: the first of awq, gptq, 8bit and bf16 that is there.
     speech_lm: awq, or bf16: the one that the model of the LLM brings.
     audio_encoder: wavlm, or checkpoint: the one of the model of the LLM.
+    coming: names of directories that will be there before they are read.
     """
     _check_level(directory)
     if speech_lm not in ("bf16", *SPEECH_LMS):
         raise ConfigError(f"--speech-lm {speech_lm!r}; allowed: bf16, {', '.join(SPEECH_LMS)}")
     _tell_leftovers(directory)
-    base, chosen = choose_llm(directory, llm)
+    base, chosen = choose_llm(directory, llm, coming)
     speech = _verified(directory, SPEECH_LMS[speech_lm]) if speech_lm in SPEECH_LMS else None
     return Sources(
         base=base,
-        decoder=_need(directory, DECODER),
+        decoder=_need(directory, DECODER, coming),
         llm=chosen,
         speech_lm=speech,
-        wavlm=_choose_wavlm(directory, base, audio_encoder),
+        wavlm=_choose_wavlm(directory, base, audio_encoder, coming),
     )
 
 
@@ -76,7 +82,9 @@ def _check_level(directory: Path) -> None:
         raise CheckpointError(f"{directory} is one level too deep; use --models {directory.parent}")
 
 
-def choose_llm(directory: Path, name: str) -> tuple[Path, Path | None]:
+def choose_llm(
+    directory: Path, name: str, coming: Collection[str] = ()
+) -> tuple[Path, Path | None]:
     """The directory of the whole model, and that of an LLM to take in place of its own."""
     known = (*LLMS, "8bit", "bf16")
     if name not in ("auto", *known):
@@ -86,10 +94,10 @@ def choose_llm(directory: Path, name: str) -> tuple[Path, Path | None]:
         logger.info("💡 No AWQ-quantized LLM found; tip: make one with: %s", COMMANDS[LLMS["awq"]])
     if chosen in LLMS:
         llm = _verified(directory, LLMS[chosen])
-        return _base(directory), llm
+        return _base(directory, coming), llm
     if chosen == "8bit":
         return _eight_bit(directory), None
-    original = _original(directory)
+    original = _original(directory, coming)
     logger.info("Using original model: %s", original)
     return original, None
 
@@ -112,11 +120,11 @@ def _best(directory: Path) -> str:
     return "bf16"
 
 
-def _base(directory: Path) -> Path:
+def _base(directory: Path, coming: Collection[str]) -> Path:
     """The model around a quantized LLM: the original, or if that was deleted, the 8-bit one."""
     if not (directory / OPENS2S).exists() and (directory / EIGHT_BIT).exists():
         return _eight_bit(directory)
-    return _original(directory)
+    return _original(directory, coming)
 
 
 def _eight_bit(directory: Path) -> Path:
@@ -125,8 +133,8 @@ def _eight_bit(directory: Path) -> Path:
     return path
 
 
-def _original(directory: Path) -> Path:
-    missing = not os.path.lexists(directory / OPENS2S)
+def _original(directory: Path, coming: Collection[str]) -> Path:
+    missing = OPENS2S not in coming and not os.path.lexists(directory / OPENS2S)
     if missing and (directory / EIGHT_BIT).is_dir():
         raise CheckpointError(
             f"{directory / OPENS2S} is missing; {EIGHT_BIT} is there: use --llm 8bit or auto, "
@@ -139,11 +147,11 @@ def _original(directory: Path) -> Path:
             "the audio encoder, the adapters and the other language model from there; bring it "
             f"with: {fetch_command(directory, OPENS2S)}"
         )
-    return _need(directory, OPENS2S)
+    return _need(directory, OPENS2S, coming)
 
 
-def _need(directory: Path, name: str) -> Path:
-    if not is_there(directory / name):
+def _need(directory: Path, name: str, coming: Collection[str]) -> Path:
+    if name not in coming and not is_there(directory / name):
         raise CheckpointError(
             f"{directory / name} is missing; point --models or OMNISPEECH_MODELS at a models "
             f"directory, bring it with: {fetch_command(directory, name)}, or make a small random "
@@ -170,13 +178,15 @@ def _verified(directory: Path, name: str) -> Path:
     return directory / name
 
 
-def _choose_wavlm(directory: Path, base: Path, audio_encoder: str) -> WavLMPaths | None:
+def _choose_wavlm(
+    directory: Path, base: Path, audio_encoder: str, coming: Collection[str]
+) -> WavLMPaths | None:
     if audio_encoder not in ("checkpoint", "wavlm"):
         raise ConfigError(f"--audio-encoder {audio_encoder!r}; allowed: checkpoint, wavlm")
     if audio_encoder == "checkpoint" and not is_wavlm(base):
         return None
     paths = wavlm_paths(directory, base)
-    if paths.body and not is_there(paths.body):
+    if paths.body and WAVLM not in coming and not is_there(paths.body):
         raise CheckpointError(
             f"{paths.body} is missing; bring it with: {fetch_command(directory, WAVLM)}"
         )
@@ -188,7 +198,7 @@ def _choose_wavlm(directory: Path, base: Path, audio_encoder: str) -> WavLMPaths
 
 def _check_bridge(directory: Path, path: Path, base: Path) -> None:
     """Without trained layers between them one network is noise to the other."""
-    command = f"omnispeech train-bridge --models {shlex.quote(str(directory))}"
+    command = train_command(directory)
     if not is_there(path):
         raise CheckpointError(
             f"{path} is missing: what WavLM makes of a sound means nothing to the audio adapter "
@@ -198,12 +208,17 @@ def _check_bridge(directory: Path, path: Path, base: Path) -> None:
     try:
         check(Manifest(directory), BRIDGE)
     except CheckpointError as exc:
-        raise CheckpointError(f"{exc} (to make it again: {command} --overwrite)") from exc
+        raise CheckpointError(f"{exc}{advice(path)}") from exc
 
 
 def fetch_command(directory: Path, name: str) -> str:
     """What brings a directory of the models directory `directory`, or what it lacks."""
     return f"omnispeech fetch {name} --models {shlex.quote(str(directory))}"
+
+
+def train_command(directory: Path) -> str:
+    """What trains the bridge of the models directory `directory`."""
+    return f"omnispeech train-bridge --models {shlex.quote(str(directory))}"
 
 
 def verify_command(directory: Path, name: str) -> str:
@@ -215,13 +230,38 @@ def make_command(path: Path) -> str:
     return f"{COMMANDS[path.name]} --models {shlex.quote(str(path.parent))}"
 
 
+def mending(directory: Path) -> str:
+    """The command that makes or brings a directory again, in words; empty where there is none."""
+    if directory.name in (OPENS2S, DECODER, WAVLM):
+        return f"to mend it: {fetch_command(directory.parent, directory.name)}"
+    if directory.name in COMMANDS:
+        return f"to make it again: {make_command(directory)} --overwrite"
+    if directory.name == BRIDGE:
+        return f"to train it again: {train_command(directory.parent)} --overwrite"
+    return ""
+
+
 def bring_again(directory: Path) -> str:
     """What to do about a directory whose files are damaged."""
-    if directory.name in (OPENS2S, DECODER, WAVLM):
-        return f"mend it with: {fetch_command(directory.parent, directory.name)}"
-    if directory.name in COMMANDS:
-        return f"make it again with: {make_command(directory)} --overwrite"
-    return "fetch it again"
+    return mending(directory) or "fetch it again"
+
+
+def advice(directory: Path) -> str:
+    """The same, to be put behind what is wrong."""
+    return f" ({words})" if (words := mending(directory)) else ""
+
+
+def nearest(path: Path) -> Path:
+    """What is there of `path`: itself, or the first above it."""
+    return next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
+
+
+def check_place(directory: Path) -> None:
+    """Raises ConfigError for what can become no models directory."""
+    if (place := nearest(directory)).is_dir():
+        return
+    link = f"a link to {place.readlink()}, and " if place.is_symlink() else ""
+    raise ConfigError(f"{place} is {link}no directory; name a models directory with --models")
 
 
 def is_there(path: Path) -> bool:
@@ -247,13 +287,13 @@ def check_method(path: Path) -> None:
 
 
 def check(manifest: Manifest, name: str) -> None:
-    """Quickly, and where that finds a difference, as after copying, by every byte."""
+    """By sizes and times; files of another time, as after copying, by every byte."""
     try:
         manifest.check(name)
-    except CheckpointError as exc:
+    except Touched as exc:
         logger.info("%s", exc)
-        logger.info("comparing every byte of %s", name)
-        manifest.check(name, deep=True)
+        logger.info("comparing every byte of %s that has another time", name)
+        manifest.check_touched(name)
 
 
 def _tell_leftovers(directory: Path) -> None:

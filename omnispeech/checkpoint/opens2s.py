@@ -10,10 +10,11 @@ from typing import Any, cast
 import torch
 
 from omnispeech.checkpoint.files import build_on_meta, held_bytes, size_text
-from omnispeech.checkpoint.hearing import open_hearing, with_wavlm
+from omnispeech.checkpoint.hearing import load_hearing, with_wavlm
 from omnispeech.checkpoint.kernel_ready import KernelReady
 from omnispeech.checkpoint.lora import merged
-from omnispeech.checkpoint.prepared import Machine, Prepared, copies_of
+from omnispeech.checkpoint.prepared import Prepared, copies_of
+from omnispeech.checkpoint.prepared_key import Machine
 from omnispeech.checkpoint.quantized import kernels_of, plan_causal_lm, read_quantization
 from omnispeech.checkpoint.shards import Shards
 from omnispeech.checkpoint.wavlm_paths import ENCODER, WavLMPaths, own_wavlm
@@ -24,9 +25,9 @@ from omnispeech.layers.linear import QuantizedLinear
 from omnispeech.models.omnispeech import OmniSpeech, OmniSpeechConfig
 from omnispeech.models.qwen3 import Qwen3Config
 from omnispeech.models.speech_lm import SpeechLM
-from omnispeech.models.wavlm import WavLMConfig
+from omnispeech.models.wavlm import WavLMConfig, WavLMEncoder
 from omnispeech.models.whisper import EncoderConfig
-from omnispeech.phases import Phases
+from omnispeech.phases import Phase, Phases
 
 logger = logging.getLogger(__name__)
 
@@ -108,14 +109,12 @@ def load_opens2s(
     with loading.phases.measure("check checkpoint"):
         plans = plan_opens2s(directory, device, replaced, wavlm)
         model = cast(OmniSpeech, plans[0].model)
-        hearing = open_hearing(directory, model.audio_encoder_model, wavlm)
     target = Target(device, dtype, kernel, loading.threads)
+    if wavlm and isinstance(encoder := model.audio_encoder_model, WavLMEncoder):
+        load_hearing(directory, encoder, wavlm, target, loading.phases)
     for plan in plans:
         copy = copies.get(Path(plan.source)) if plan.quantized else None
         _load(plan, target, loading.phases, copy)
-    if hearing:
-        with loading.phases.measure("load WavLM") as phase:
-            phase.size = hearing.load(target)
     return LoadedOpenS2S(
         model=model,
         preprocessor=preprocessor,
@@ -134,7 +133,7 @@ def plan_opens2s(
 
     The first plan is of the whole model. others: directories of language models that take the
     place of those in `directory`, by name in the model; each has a plan of its own. A WavLM is in
-    no plan: `open_hearing` compares it.
+    no plan: `load_hearing` compares it.
     """
     _check_files(directory)
     raw, others = read_json(directory / "config.json"), others or {}
@@ -221,20 +220,40 @@ def _load(plan: WeightPlan, target: Target, phases: Phases, prepared: Prepared |
         kind = f"{plan.quantization.method.upper()}-quantized {kind}"
         bits = f"{plan.quantization.scheme.bits}-bit, "
     logger.info("🔄 Loading %s from %s...", kind, plan.source)
-    began = time.perf_counter()
+    began, held = time.perf_counter(), held_bytes(plan.model)  # WavLM is there already
     ready = prepared.open(plan.forms) if prepared else None
     for part, names in _parts(plan).items():
         with phases.measure(f"load {part}") as phase:
-            before = _bytes_read(plan, ready)
-            plan.load(target, names, ready)
-            phase.size = _bytes_read(plan, ready) - before
-    seconds, size = time.perf_counter() - began, held_bytes(plan.model)
+            ready = _load_part(plan, target, names, ready, phase)
+    seconds, size = time.perf_counter() - began, held_bytes(plan.model) - held
     logger.info("✅ %s loaded (%s%s, %.1f s)", kind, bits, size_text(size), seconds)
     if kernels := kernels_of(plan.model):
         logger.info("kernels of its quantized linears: %s", kernels)
     if prepared and not ready:
         with phases.measure("keep kernel-ready weights"):
             prepared.write(_quantized_linears(plan))
+
+
+def _load_part(
+    plan: WeightPlan, target: Target, names: set[str], ready: KernelReady | None, phase: Phase
+) -> KernelReady | None:
+    """-> the copy, for the next part; None if there is none that can be read."""
+    before = _bytes_read(plan, ready)
+    usable = ready if ready and _load_ready(plan, target, names, ready) else None
+    if usable is None:
+        plan.load(target, names)
+    phase.size = _bytes_read(plan, ready) - before
+    return usable
+
+
+def _load_ready(plan: WeightPlan, target: Target, names: set[str], ready: KernelReady) -> bool:
+    """Whether all is in place; what is not can be loaded again without `ready`."""
+    try:
+        plan.load(target, names, ready)
+    except CheckpointError as exc:
+        logger.warning("%s is not used, and made again: %s", ready.path.parent, exc)
+        return False
+    return True
 
 
 def _parts(plan: WeightPlan) -> dict[str, set[str]]:

@@ -3,7 +3,7 @@
 import logging
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -18,6 +18,16 @@ from omnispeech.checkpoint.tensor_file import TensorFile
 from omnispeech.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+
+
+def current_file(pickled: Path) -> Path:
+    """What is read for a published pickle: its conversion, or the pickle, which may be missing."""
+    converted = conversion_of(pickled)
+    return converted if is_current(converted, pickled) else pickled
+
+
+def conversion_of(pickled: Path) -> Path:
+    return pickled.with_suffix(".safetensors")
 
 
 def is_current(converted: Path, pickled: Path) -> bool:
@@ -64,7 +74,33 @@ def _damaged(converted: Path, exc: Exception) -> CheckpointError:
     return CheckpointError(f"{converted} is damaged ({exc}); delete it and start again")
 
 
-def write_conversion(converted: Path, weights: dict[str, Tensor], pickled: Path) -> None:
+def compare_conversion(
+    pickled: Path, plain: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+) -> None:
+    """Raises CheckpointError for a conversion that holds other tensors than its pickle.
+
+    One of an older pickle is made again by whoever loads it.
+    plain: makes of the tensors of a pickle those of its conversion.
+    """
+    converted = current_file(pickled)
+    if converted == pickled or not pickled.exists():
+        return
+    wanted, found = plain(read_pickle(pickled)), read_conversion(converted)
+    if wanted.keys() != found.keys() or not all(_equal(wanted[n], found[n]) for n in wanted):
+        raise CheckpointError(
+            f"{converted} does not hold the tensors of {pickled.name}: delete it, the next start "
+            "converts again"
+        )
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """But for rounding: another processor may fold a weight norm to another last bit."""
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+def write_conversion(weights: dict[str, Tensor], pickled: Path) -> None:
+    converted = conversion_of(pickled)
+
     def write(path: Path) -> None:
         save_file(weights, path, _stamp(pickled))
         shutil.copymode(pickled, path)  # save_file makes it private to this user

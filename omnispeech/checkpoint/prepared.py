@@ -14,26 +14,20 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Literal
 
 from omnispeech.checkpoint.files import size_text
-from omnispeech.checkpoint.kernel_ready import (
-    LAYOUT,
-    KernelReady,
-    kernel_ready_layout,
-    write_kernel_ready,
-)
+from omnispeech.checkpoint.kernel_ready import KernelReady, kernel_ready_layout, write_kernel_ready
 from omnispeech.checkpoint.manifest import Manifest, ManifestEntry
 from omnispeech.checkpoint.models_directory import Sources, check
+from omnispeech.checkpoint.prepared_key import Key
+from omnispeech.checkpoint.prepared_key import Machine as Machine
 from omnispeech.checkpoint.quantized import read_quantization
 from omnispeech.errors import CheckpointError
 from omnispeech.json_file import read_json
-from omnispeech.layers.int4_matmul import tile_orders
-from omnispeech.layers.linear import QuantizedLinear, known_kernel
+from omnispeech.layers.linear import QuantizedLinear
 from omnispeech.layers.quantized_weight import Form
 
 logger = logging.getLogger(__name__)
@@ -49,42 +43,6 @@ State = Literal["current", "outdated", "absent"]
 
 class _ReplacedError(Exception):
     pass
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Key:
-    """What a copy was made from and for: one that differs in anything is not used."""
-
-    source: str  # name of the directory
-    identity: str  # sha256 over the hashes of its files
-    without: tuple[str, ...]  # language models that came from elsewhere
-    kernel: str  # torch or reference
-    device: str  # cpu or cuda
-    capability: str  # of the processor, as torch names it
-    tiles: str  # sha256 over how the kernel lays codes out
-    torch: str
-    layout: int = LAYOUT
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.told, sort_keys=True).encode()).hexdigest()
-
-    @property
-    def told(self) -> dict[str, Any]:
-        """As JSON gives it back."""
-        return asdict(self) | {"without": list(self.without)}
-
-    def supersedes(self, other: Mapping[str, object]) -> bool:
-        """Whether nothing will use the copy of key `other` any more.
-
-        One of another processor or kernel may be in use by another machine, unless the model
-        itself is another now.
-        """
-        place = ("source", "without", "kernel", "device", "capability")
-        mine = self.told
-        same = all(other.get(name) == mine[name] for name in place)
-        stale = other.get("source") == self.source and other.get("identity") != self.identity
-        return other != mine and (same or stale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +65,7 @@ class Prepared:
         """current: the next start loads it; outdated: it removes it and makes another."""
         if self._fault() is None:
             return "current"
-        return "outdated" if self.path.exists() or self._outdated() else "absent"
+        return "outdated" if os.path.lexists(self.path) or self._outdated() else "absent"
 
     def open(self, forms: Mapping[str, Form]) -> KernelReady | None:
         """None, and a line of log that says why, if there is none that can be used.
@@ -128,7 +86,7 @@ class Prepared:
             with self._locked():
                 self._check_origin()
                 for name in self._outdated():
-                    logger.info("removing %s: it was made for what is no longer here", name)
+                    logger.info("removing %s: made of another model, or by another version", name)
                     self._remove(name)
                 self._remove_leftovers()
                 self._write(linears)
@@ -166,7 +124,7 @@ class Prepared:
         return None
 
     def _write(self, linears: Mapping[str, QuantizedLinear]) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)  # damaged: its room is for this one
+        _clear(self.path)  # damaged: its room is for this one
         self._check_room(linears)
         partial = self.models / f"{self.name}.partial"
         partial.mkdir()
@@ -216,10 +174,10 @@ class Prepared:
         entered = prepared_entries(self.models)
         for path in self.models.glob(PREPARED):
             if path.name not in entered:
-                shutil.rmtree(path, ignore_errors=True)
+                _clear(path)
 
     def _remove(self, name: str) -> None:
-        shutil.rmtree(self.models / name, ignore_errors=True)
+        _clear(self.models / name)
         Manifest(self.models).forget(name)
 
     @contextmanager
@@ -230,24 +188,12 @@ class Prepared:
             yield
 
 
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What weights are repacked for."""
-
-    device: torch.device
-    kernel: str = "auto"
-
-    def key(self, source: Path, identity: str, without: Collection[str]) -> Key:
-        return Key(
-            source=source.name,
-            identity=identity,
-            without=tuple(sorted(without)),
-            kernel=known_kernel(self.kernel),
-            device=self.device.type,
-            capability=_capability(self.device),
-            tiles=hashlib.sha256(tile_orders(self.device)).hexdigest(),
-            torch=torch.__version__,
-        )
+def _clear(path: Path) -> None:
+    """Takes away what is there, be it no directory; what a link leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def prepared_of(source: Path, machine: Machine, without: Collection[str] = ()) -> Prepared | None:
@@ -313,10 +259,3 @@ def _identity(entry: ManifestEntry) -> str:
     """Of the bytes alone: a copy of the directory has the same."""
     hashes = sorted((file, record.sha256) for file, record in entry.compared.items())
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-
-
-def _capability(device: torch.device) -> str:
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"sm_{major}{minor}"
-    return torch.backends.cpu.get_cpu_capability()

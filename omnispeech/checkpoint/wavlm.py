@@ -6,7 +6,6 @@ networks that it was trained between: its config.json has fingerprints of both.
 
 import hashlib
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -18,8 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from omnispeech.checkpoint.files import assign_weights, build_on_meta
+from omnispeech.checkpoint.models_directory import fetch_command, train_command
 from omnispeech.checkpoint.pickles import (
-    is_current,
+    compare_conversion,
+    current_file,
     read_conversion,
     read_pickle,
     read_whole,
@@ -104,7 +105,8 @@ def wavlm_config(directory: Path, d_model: int = D_MODEL) -> WavLMConfig:
     """
     if not (directory / "config.json").is_file():
         raise CheckpointError(
-            f"{directory} is missing or not whole; bring it with: {_fetch_command(directory)}"
+            f"{directory} is missing or not whole; bring it with: "
+            f"{fetch_command(directory.parent, directory.name)}"
         )
     settings = read_json(directory / "config.json")
     if (kind := settings.get("model_type", "wavlm")) != "wavlm":
@@ -122,25 +124,33 @@ def wavlm_config(directory: Path, d_model: int = D_MODEL) -> WavLMConfig:
 
 
 def _weights(directory: Path, convert: bool) -> dict[str, Tensor]:
-    stored, pickled = directory / WEIGHTS, directory / PICKLED
-    if stored.is_file():
-        return plain_weights(_read(stored), str(stored))
-    converted = pickled.with_suffix(".safetensors")
-    if is_current(converted, pickled):
-        return read_conversion(converted)
-    if not pickled.is_file():
+    path = wavlm_file(directory)
+    if path.name == WEIGHTS:
+        return plain_weights(_read(path), str(path))
+    if path.name != PICKLED:
+        return read_conversion(path)
+    if not path.is_file():
         raise CheckpointError(
             f"{directory} holds neither {WEIGHTS} nor {PICKLED}; "
-            f"bring it again with: {_fetch_command(directory)}"
+            f"bring it again with: {fetch_command(directory.parent, directory.name)}"
         )
-    weights = plain_weights(read_pickle(pickled), str(pickled))
+    weights = plain_weights(read_pickle(path), str(path))
     if convert:
-        write_conversion(converted, weights, pickled)
+        write_conversion(weights, path)
     return weights
 
 
-def _fetch_command(directory: Path) -> str:
-    return f"omnispeech fetch {directory.name} --models {shlex.quote(str(directory.parent))}"
+def wavlm_file(directory: Path) -> Path:
+    """The weights that `read_wavlm` reads; a pickle that it names may be missing."""
+    stored = directory / WEIGHTS
+    return stored if stored.is_file() else current_file(directory / PICKLED)
+
+
+def check_wavlm_conversion(directory: Path) -> None:
+    """Raises CheckpointError for a conversion that holds other tensors than its pickle."""
+    pickled = directory / PICKLED
+    if wavlm_file(directory).name != WEIGHTS:
+        compare_conversion(pickled, lambda weights: plain_weights(weights, str(pickled)))
 
 
 def plain_weights(weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -239,7 +249,7 @@ def read_bridge(directory: Path) -> StoredBridge:
     if raw.get("format") != FORMAT:
         raise CheckpointError(
             f"{directory} has format {raw.get('format')!r}; known: {FORMAT}; train it again with: "
-            "omnispeech train-bridge"
+            f"{train_command(directory.parent)} --overwrite"
         )
     try:
         owners = BridgeOwners(wavlm=raw["wavlm"], checkpoint=raw["checkpoint"])

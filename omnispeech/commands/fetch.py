@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from omnispeech.checkpoint.models_directory import DECODER, OPENS2S
 from omnispeech.commands.models_flag import add_models, models_directory
 from omnispeech.commands.serve import add_settings
 from omnispeech.config import HubConfig, read_hub
@@ -29,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compares every byte of what is there, and fetches only files that are missing or differ."""
     from omnispeech.download.directory import fetch_all
-    from omnispeech.download.models import DECODER, OPENS2S
 
     log_to_stdout()
     names = [name.rstrip("/") for name in args.names] or [OPENS2S, DECODER]

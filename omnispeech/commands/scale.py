@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import signal
 
 from omnispeech.commands import serve
 from omnispeech.config import ScaleConfig, build_config, read_config_file, unknown_variables
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def scale(args: argparse.Namespace) -> int:
     """Serves until stopped; the exit status is 1 if no replica could start."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    signal.signal(signal.SIGTERM, serve.stop_at_once)
     for name in unknown_variables():
         logger.warning("the environment variable %s is no setting: it has no effect", name)
     file = read_config_file(args.config) if args.config else {}

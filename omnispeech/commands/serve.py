@@ -4,8 +4,10 @@ import argparse
 import logging
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from omnispeech.config import (
@@ -48,18 +50,20 @@ def add_settings(group: argparse._ActionsContainer, config: type[Any]) -> None:
 def serve(args: argparse.Namespace) -> int:
     """Serves until stopped; the exit status is 1 if the models could not be loaded."""
     log_to_stdout()
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, stop_at_once)
     for name in unknown_variables():
         logger.warning("the environment variable %s is no setting: it has no effect", name)
     settings = read_settings(vars(args), args.config)
     worker = build_worker(settings)
 
     from omnispeech.server.app import create_app
-    from omnispeech.server.http import HTTPServer, listen
+    from omnispeech.server.door import listen
+    from omnispeech.server.http import HTTPServer
 
     with listen(settings.server) as door:
         server = replace(settings.server, port=door.getsockname()[1])  # 0 was: any free port
         http = HTTPServer(create_app(worker, server), server)
+        on_hang_up(http.handle_exit)
         worker.start(on_failure=http.stop)
         try:
             http.run(sockets=[door])
@@ -69,9 +73,15 @@ def serve(args: argparse.Namespace) -> int:
     return status if ended else end_now(status)
 
 
-def _stop(number: int, frame: object) -> None:
+def stop_at_once(number: int, frame: object) -> None:
     """Before the server has its own: process 1 of a container has no default for a signal."""
     end_now(128 + number)
+
+
+def on_hang_up(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Of the terminal: a stop like others, unless `nohup` had it ignored."""
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, handler)
 
 
 def end_now(status: int) -> NoReturn:

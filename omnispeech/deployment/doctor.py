@@ -1,15 +1,15 @@
 """`omnispeech doctor`: what a start with these settings would do, and whether it would succeed."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from omnispeech.checkpoint.files import size_text
 from omnispeech.checkpoint.manifest import Manifest
-from omnispeech.checkpoint.models_directory import Sources, fetch_command
+from omnispeech.checkpoint.models_directory import Sources, check, check_place
 from omnispeech.checkpoint.weight_plan import Target
 from omnispeech.config import HubConfig, PlaceConfig
 from omnispeech.deployment import machine
-from omnispeech.deployment.findings import Finding, complaints
+from omnispeech.deployment.findings import Finding, complaints, good, log_lines
 from omnispeech.deployment.memory import Need, memory_need
 from omnispeech.deployment.start import (
     changes,
@@ -20,7 +20,9 @@ from omnispeech.deployment.start import (
     repacked_size,
     unconverted,
 )
-from omnispeech.download.models import MODELS, Model, known_model
+from omnispeech.download.hub import offline, offline_mode
+from omnispeech.download.models import MODELS, Model, known_model, mend_command
+from omnispeech.download.present import fetched_size, room_for
 from omnispeech.quantization.memory import free_memory
 from omnispeech.service import Settings
 
@@ -34,18 +36,21 @@ def examine(settings: Settings, hub: HubConfig) -> list[Finding]:
     with complaints("device", findings):
         target = machine.choose_target(settings.place)
         findings.append(machine.device(target))
-    if not (models := Path(settings.place.models)).is_dir():
-        findings.append(Finding("wrong", "models", f"{models} is no directory; use --models"))
+    models, coming = Path(settings.place.models), list[str]()
+    with complaints("models", findings):
+        check_place(models)
+        coming = missing(models, settings.place)
+    if not good([finding for finding in findings if finding.topic == "models"]):
         return findings
-    sources = _sources(settings, models, findings)
+    sources = _sources(settings, models, coming, findings)
     needed = 0
-    if sources is not None and target is not None:
+    if sources is not None and target is not None and not coming:
         with complaints("weights", findings):
             needed = _written(sources, target, settings.place)
             findings += preparation(sources, target, prepare=settings.place.prepare)
             findings += memory(memory_need(sources, target, settings.engine), target)
     with complaints("disk", findings):
-        findings += _disk(settings.place, hub, needed)
+        findings += _disk(models, [known_model(name, hub) for name in coming], hub, needed)
     findings.append(machine.caches(models))
     return findings
 
@@ -56,31 +61,37 @@ def _written(sources: Sources, target: Target, place: PlaceConfig) -> int:
     return pickles + (repacked_size(sources, target) if place.prepare else 0)
 
 
-def _sources(settings: Settings, models: Path, findings: list[Finding]) -> Sources | None:
-    sources = choice(settings.place, findings)
-    with complaints("manifest", findings):
-        findings += changes(models, [n for n in Manifest(models).names() if n in MODELS])
-    if sources is not None:
+def _sources(
+    settings: Settings, models: Path, coming: Collection[str], findings: list[Finding]
+) -> Sources | None:
+    sources = choice(settings.place, findings, coming)
+    with log_lines("omnispeech.checkpoint") as lines, complaints("manifest", findings):
+        fetched = [n for n in Manifest(models).names() if n in MODELS and n not in coming]
+        findings += changes(models, fetched, check)
+    findings += [Finding("note", "manifest", line) for line in lines]
+    if sources is not None and not coming:
         with complaints("conversion", findings):
             findings.append(conversion(sources))
     return sources
 
 
-def _disk(place: PlaceConfig, hub: HubConfig, needed: int) -> Iterator[Finding]:
+def _disk(models: Path, fetched: Sequence[Model], hub: HubConfig, needed: int) -> Iterator[Finding]:
     """What would be fetched, and whether there is room for that and for `needed` bytes more."""
-    models = Path(place.models)
-    fetched = [known_model(name, hub) for name in missing(models, place)]
     for model in fetched:
-        yield Finding("note", "download", _download(models, model))
-    yield machine.disk(models, needed + sum(model.size for model in fetched))
+        yield _download(models / model.name, model, hub)
+    left = sum(max(0, model.size - fetched_size(models / model.name)) for model in fetched)
+    yield machine.disk(models, needed + room_for(left))
 
 
-def _download(models: Path, model: Model) -> str:
-    size = size_text(model.size)
-    return (
-        f"{model.name} is not there: about {size} of {model.repo}; startup.py fetches it, and so "
-        f"does: {fetch_command(models, model.name)}"
+def _download(path: Path, model: Model, hub: HubConfig) -> Finding:
+    if offline_mode():
+        return Finding("wrong", "download", str(offline(model.name)))
+    begun = f", of which {size_text(size)} are here" if (size := fetched_size(path)) else ""
+    words = (
+        f"{model.name} is not there: about {size_text(model.size)} of {model.repo}{begun}; "
+        f"startup.py fetches it, and so does: {mend_command(path, hub)}"
     )
+    return Finding("note", "download", words)
 
 
 def memory(need: Need, target: Target) -> Iterator[Finding]:

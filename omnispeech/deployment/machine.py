@@ -13,15 +13,19 @@ from omnispeech import __version__
 from omnispeech.assembly import choose_device, choose_dtype
 from omnispeech.caches import cache_directory
 from omnispeech.checkpoint.files import size_text
+from omnispeech.checkpoint.models_directory import nearest
 from omnispeech.checkpoint.weight_plan import Target
 from omnispeech.config import PREFIX, PlaceConfig, ServerConfig, unknown_variables
 from omnispeech.deployment.findings import Finding
 from omnispeech.layers.linear import known_kernel
 from omnispeech.quantization.memory import free_memory
-from omnispeech.server.http import listen
+from omnispeech.server.door import listen
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub")
-FOREIGN = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+FOREIGN = (
+    *("HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"),
+    *("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"),
+)
 
 
 def versions() -> Finding:
@@ -67,8 +71,8 @@ def _gpu(device: torch.device) -> str:
 
 
 def disk(models: Path, needed: int) -> Finding:
-    """needed: bytes that a start writes."""
-    free = shutil.disk_usage(models).free
+    """needed: bytes that a start writes, with what should stay free."""
+    free = shutil.disk_usage(nearest(models)).free
     if needed > free:
         return Finding(
             "wrong",
@@ -80,6 +84,6 @@ def disk(models: Path, needed: int) -> Finding:
 
 def caches(models: Path) -> Finding:
     place = cache_directory(models)
-    if not os.access(models, os.W_OK):
+    if not os.access(nearest(models), os.W_OK):
         return Finding("note", "caches", f"{models} cannot be written: a start keeps nothing there")
     return Finding("ok", "caches", f"{place}{'' if place.is_dir() else ' (empty)'}")

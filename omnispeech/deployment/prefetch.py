@@ -16,13 +16,14 @@ from threading import Event
 from types import MappingProxyType
 from typing import TypeVar
 
+from omnispeech.checkpoint.decoder import decoder_files
 from omnispeech.checkpoint.files import size_text
 from omnispeech.checkpoint.models_directory import Sources
-from omnispeech.checkpoint.pickles import is_current
-from omnispeech.checkpoint.prepared import FILE, Machine, find_prepared
+from omnispeech.checkpoint.prepared import FILE, find_prepared
+from omnispeech.checkpoint.prepared_key import Machine
 from omnispeech.checkpoint.shards import weight_files
 from omnispeech.checkpoint.tensor_file import Entry, TensorFile
-from omnispeech.checkpoint.wavlm import PICKLED, WEIGHTS
+from omnispeech.checkpoint.wavlm import wavlm_file
 from omnispeech.checkpoint.wavlm_paths import ENCODER
 from omnispeech.quantization.memory import available_memory
 
@@ -84,27 +85,16 @@ def stretches(sources: Sources, ready: Mapping[str, Path] = NOTHING) -> Iterator
     replaced = [prefix for prefix, directory in pairs if directory is not None]
     if sources.wavlm and sources.wavlm.body:
         replaced.append(ENCODER)
-        yield from _whole(*_current(sources.wavlm.body / PICKLED))
+        yield from _whole(wavlm_file(sources.wavlm.body))
     yield from _of_model(sources.base, ready, tuple(replaced))
     for directory in filter(None, (sources.llm, sources.speech_lm)):
         yield from _of_model(directory, ready)
-    yield from _whole(
-        *_current(sources.decoder / "flow.pt"), *_current(sources.decoder / "hift.pt")
-    )
-
-
-def _current(pickled: Path) -> list[Path]:
-    """The file that is read for a published pickle; none if neither is there."""
-    converted = pickled.with_suffix(".safetensors")
-    plain = pickled.with_name(WEIGHTS)
-    if plain.is_file():
-        return [plain]
-    chosen = converted if is_current(converted, pickled) else pickled
-    return [chosen] if chosen.is_file() else []
+    yield from _whole(*decoder_files(sources.decoder))
 
 
 def _whole(*paths: Path) -> Iterator[Stretch]:
-    return (Stretch(path, 0, path.stat().st_size) for path in paths)
+    """One that is missing is for the loading to complain of."""
+    return (Stretch(path, 0, path.stat().st_size) for path in paths if path.is_file())
 
 
 def _of_model(

@@ -24,11 +24,13 @@ from omnispeech.checkpoint.models_directory import (
     verify_command,
 )
 from omnispeech.checkpoint.prepared import PREPARED
+from omnispeech.checkpoint.wavlm_paths import BRIDGE
 from omnispeech.config import PlaceConfig
 from omnispeech.deployment import machine
 from omnispeech.deployment.findings import Finding, complaints
 from omnispeech.deployment.start import changes, choice, conversion, preparation
 from omnispeech.download.models import MODELS
+from omnispeech.download.present import is_filled
 from omnispeech.service import Settings
 
 QUIET_S = 10.0  # what was written this short a time ago may still be being written
@@ -43,7 +45,7 @@ def examine(settings: Settings) -> list[Finding]:
     findings = [*unfinished(models), *running(models)]
     with complaints("manifest", findings):
         findings += not_entered(models)
-        findings += changes(models, Manifest(models).names())
+        findings += changes(models, Manifest(models).names(), Manifest.check)
     # what has changed the start would compare byte by byte, and write down the result
     unchanged = not any(finding.topic == "manifest" for finding in findings)
     if unchanged and (sources := choice(settings.place, findings)) is not None:
@@ -97,9 +99,9 @@ def is_locked(path: Path) -> bool:
 def not_entered(models: Path) -> Iterator[Finding]:
     """Directories that the manifest should know and does not, and the other way round."""
     entered = Manifest(models).names()
-    for name in (*MODELS, *COMMANDS):
-        if name not in entered and (models / name).is_dir():
-            command = verify_command(models, name) if name in COMMANDS else start_command(models)
+    for name in (*MODELS, *COMMANDS, BRIDGE):
+        if name not in entered and is_filled(models / name):
+            command = verify_command(models, name)
             words = f"{models / name} is not in {FILE_NAME}; check and enter it with: {command}"
             yield Finding("wrong", "manifest", words)
 

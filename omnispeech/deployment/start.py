@@ -1,44 +1,42 @@
 """Which directories a start takes and what it would still have to do: the same code as the start
 itself, asked without loading anything."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 from omnispeech.checkpoint.decoder_config import read_config
 from omnispeech.checkpoint.files import size_text
-from omnispeech.checkpoint.manifest import Manifest
+from omnispeech.checkpoint.manifest import Manifest, Touched
 from omnispeech.checkpoint.models_directory import (
-    COMMANDS,
-    DECODER,
-    EIGHT_BIT,
-    OPENS2S,
     Sources,
-    fetch_command,
-    make_command,
+    advice,
+    verify_command,
 )
 from omnispeech.checkpoint.pickles import is_current
 from omnispeech.checkpoint.prepared import Machine, find_prepared
 from omnispeech.checkpoint.shards import weight_files
 from omnispeech.checkpoint.wavlm import PICKLED, WEIGHTS
-from omnispeech.checkpoint.wavlm_paths import WAVLM
 from omnispeech.checkpoint.weight_plan import Target
 from omnispeech.config import PlaceConfig
 from omnispeech.deployment.findings import Finding, complaints, log_lines
-from omnispeech.download.models import MODELS
+from omnispeech.download.present import is_filled
 from omnispeech.errors import CheckpointError
 from omnispeech.service import find_sources
-from omnispeech.startup import choose_base, needs_wavlm
+from omnispeech.startup import names_of
 
 
-def choice(place: PlaceConfig, findings: list[Finding]) -> Sources | None:
+def choice(
+    place: PlaceConfig, findings: list[Finding], coming: Collection[str] = ()
+) -> Sources | None:
     """What a start takes, with the words of its log; None if it would end here.
 
+    coming: names of directories that it would fetch.
     Like the start it compares every byte of what looks changed, and notes in the manifest what was
     only copied.
     """
     sources = None
     with log_lines("omnispeech.checkpoint") as lines, complaints("models", findings):
-        sources = find_sources(place)
+        sources = find_sources(place, coming)
     findings.extend(Finding("note", "models", line) for line in lines)
     if sources is not None:
         findings.extend(Finding("ok", "takes", str(path)) for path in directories(sources))
@@ -53,28 +51,22 @@ def directories(sources: Sources) -> list[Path]:
 
 def missing(models: Path, place: PlaceConfig) -> list[str]:
     """Names of directories that `startup.py` would fetch."""
-    base = choose_base(models, place)
-    names = [DECODER] if base == EIGHT_BIT else [OPENS2S, DECODER]
-    if needs_wavlm(models / base, place):
-        names.append(WAVLM)
-    return [name for name in names if not (models / name).exists()]
+    return [name for name in names_of(models, place) if not is_filled(models / name)]
 
 
-def changes(models: Path, names: Iterable[str]) -> Iterator[Finding]:
-    """Directories that are not as they were entered in the manifest, found without reading them."""
+def changes(
+    models: Path, names: Iterable[str], check: Callable[[Manifest, str], None]
+) -> Iterator[Finding]:
+    """Directories that are not as they were entered in the manifest."""
     manifest = Manifest(models)
     for name in names:
         try:
-            manifest.check(name)
+            check(manifest, name)
+        except Touched as error:
+            command = verify_command(models, name)
+            yield Finding("wrong", "manifest", f"{error} (to compare every byte: {command})")
         except CheckpointError as error:
-            yield Finding("wrong", "manifest", f"{error}{mend(models / name)}")
-
-
-def mend(path: Path) -> str:
-    """The command that makes or brings a directory again, where there is one."""
-    if path.name in COMMANDS:
-        return f" (to make it again: {make_command(path)} --overwrite)"
-    return f" (to mend it: {fetch_command(path.parent, path.name)})" if path.name in MODELS else ""
+            yield Finding("wrong", "manifest", f"{error}{advice(models / name)}")
 
 
 def unconverted(sources: Sources) -> list[Path]:
@@ -91,7 +83,7 @@ def unconverted(sources: Sources) -> list[Path]:
 def _is_converted(pickled: Path) -> bool:
     converted = pickled.with_suffix(".safetensors")
     if not pickled.exists() and not converted.exists():
-        raise CheckpointError(f"{pickled} is missing{mend(pickled.parent)}")
+        raise CheckpointError(f"{pickled} is missing{advice(pickled.parent)}")
     return is_current(converted, pickled)
 
 

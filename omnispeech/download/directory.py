@@ -15,7 +15,7 @@ from omnispeech.download.hub import FAILURES, Hub, HubFile, Listing, offline, of
 from omnispeech.download.lock import locked
 from omnispeech.download.models import Model, known_model
 from omnispeech.download.partial import Partial
-from omnispeech.download.present import ENTERED, compare, is_entered
+from omnispeech.download.present import ENTERED, compare, is_entered, room_for
 from omnispeech.download.progress import Progress
 from omnispeech.download.retries import Patience, Retries
 from omnispeech.download.transfer import Transfer
@@ -24,7 +24,6 @@ from omnispeech.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
-MARGIN = 1 << 30  # bytes that stay free: for the manifest, conversions and caches
 OURS = ("omnispeech fetch", ENTERED["by"])  # entries of what a hub can mend
 PATIENCE = Patience()
 
@@ -152,11 +151,11 @@ def _present(
 def _check_room(plans: Sequence[Plan], models_directory: Path) -> None:
     needed = sum(plan.bytes_missing for plan in plans)
     free = shutil.disk_usage(models_directory).free
-    if needed and needed + MARGIN > free:
+    if (room := room_for(needed)) > free:
         raise CheckpointError(
             f"{models_directory} has {size_text(free)} free; {size_text(needed)} are still to be "
-            f"fetched, and {size_text(MARGIN)} should stay free: make room, or name a directory "
-            "on a larger disk with --models"
+            f"fetched, and {size_text(room - needed)} should stay free: make room, or name a "
+            "directory on a larger disk with --models"
         )
 
 

@@ -16,11 +16,14 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     hf_raise_for_status,
 )
 
+from omnispeech.config import TRUE
 from omnispeech.download.models import Model
 from omnispeech.errors import CheckpointError, ConfigError, OmniSpeechError, Unavailable
 
-TRUE = ("1", "on", "yes", "true")
 HASH = "[0-9a-f]{40}|[0-9a-f]{64}"  # SHA-1 or SHA-256
+LONGEST_NAME = 255 - 17  # bytes: what arrives bears a part of its hash behind its name
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # the library heeds both
+LONGEST_WISH = 9  # digits of Retry-After that are read: decades
 PASSING = (408, 425, 429)  # and 500 to 599: another attempt may succeed
 
 # the error above that of a status: httpx.HTTPError, whichever httpx the library is built on
@@ -150,15 +153,20 @@ class Hub:
 
 
 def offline_mode() -> bool:
-    """HF_HUB_OFFLINE, as it was when the library was imported or as it is now."""
-    return constants.is_offline_mode() or os.environ.get("HF_HUB_OFFLINE", "").lower() in TRUE
+    """As it was when the library was imported, or as it is now."""
+    return constants.is_offline_mode() or bool(_offline_variables())
 
 
 def offline(name: str) -> Unavailable:
+    names = " and ".join(_offline_variables()) or OFFLINE[0]
     return Unavailable(
-        f"{name} has to be fetched, and HF_HUB_OFFLINE is set: unset it, or copy the directory "
+        f"{name} has to be fetched, and {names} is set: unset it, or copy the directory "
         "from another machine"
     )
+
+
+def _offline_variables() -> list[str]:
+    return [name for name in OFFLINE if os.environ.get(name, "").lower() in TRUE]
 
 
 def reason(error: Exception) -> str:
@@ -174,7 +182,7 @@ def retry_after_s(error: Exception) -> float:
     if not isinstance(error, HfHubHTTPError):
         return 0.0
     text = error.response.headers.get("Retry-After", "")
-    return float(text) if text.isdecimal() else 0.0
+    return float(text[:LONGEST_WISH]) if text.isdecimal() else 0.0
 
 
 def _status(error: Exception) -> int | None:
@@ -195,6 +203,8 @@ def _file(sibling: Any) -> HubFile:
     leaves = PurePosixPath(path).is_absolute() or {"..", ""} & set(path.split("/"))
     if leaves or "\\" in path or not path.isprintable():
         raise ValueError(f"file name {path!r}")
+    if max(len(part.encode()) for part in path.split("/")) > LONGEST_NAME:
+        raise ValueError(f"a file name of more than {LONGEST_NAME} bytes: {path[:40]!r}...")
     file = HubFile(
         path=path,
         size=int(large.size if large else sibling.size),
@@ -214,7 +224,14 @@ def _wanted(model: Model, commit: str, files: tuple[HubFile, ...]) -> Listing:
         if not any(part.startswith(".") for part in file.path.split("/"))
         and any(fnmatch(file.path, pattern) for pattern in model.patterns)
     )
-    if missing := [path for path in model.needed if path not in {f.path for f in chosen}]:
+    paths = {file.path for file in chosen}
+    for path in paths:
+        if both := paths & {str(parent) for parent in PurePosixPath(path).parents}:
+            raise CheckpointError(
+                f"{model.repo} at revision {model.revision!r} has {path!r} and a file "
+                f"{both.pop()!r}: no directory can hold both; check {model.flags}"
+            )
+    if missing := [path for path in model.needed if path not in paths]:
         raise CheckpointError(
             f"{model.repo} at revision {model.revision!r} has no {missing[0]}: it is no "
             f"{model.name}; check {model.flags}"

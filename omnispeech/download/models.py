@@ -2,13 +2,14 @@
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from types import MappingProxyType
 
+from omnispeech.checkpoint.models_directory import DECODER, OPENS2S, fetch_command
+from omnispeech.checkpoint.wavlm_paths import WAVLM
 from omnispeech.config import HubConfig
 from omnispeech.errors import ConfigError
-
-OPENS2S, DECODER, WAVLM = "OpenS2S", "glm-4-voice-decoder", "wavlm-base-plus"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,13 @@ def models(hub: HubConfig) -> Mapping[str, Model]:
 
 
 MODELS = models(HubConfig())
+
+
+def mend_command(path: Path, hub: HubConfig) -> str:
+    """What brings the directory `path`, or what it lacks, from the hub that is set."""
+    given = {f.name: getattr(hub, f.name) for f in fields(hub) if getattr(hub, f.name) != f.default}
+    flags = [f"--{name.replace('_', '-')} {shlex.quote(str(given[name]))}" for name in given]
+    return " ".join([fetch_command(path.parent, path.name), *flags])
 
 
 def known_model(name: str, hub: HubConfig) -> Model:

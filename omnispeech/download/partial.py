@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from omnispeech.checkpoint.manifest import FileRecord, Manifest
+from omnispeech.checkpoint.models_directory import is_there
 from omnispeech.checkpoint.whole_file import replace_file, sync
 from omnispeech.download.hub import HubFile, Listing
 from omnispeech.download.present import partial_path
@@ -36,6 +37,7 @@ class Partial:
     def __init__(self, models_directory: Path, name: str) -> None:
         self.target = models_directory / name
         self.path = partial_path(self.target)
+        is_there(self.path)  # raises for what is none of ours
         self._files, self._record = self.path / "files", self.path / "record.json"
         self._lock = threading.Lock()
         self._kept, self._made = self._read()

@@ -5,13 +5,17 @@ import os
 from pathlib import Path
 
 from omnispeech.checkpoint.manifest import FileRecord, Manifest, record_file
-from omnispeech.checkpoint.models_directory import check, fetch_command, is_there
+from omnispeech.checkpoint.models_directory import check, is_there
 from omnispeech.checkpoint.whole_file import size_text
+from omnispeech.config import HubConfig
 from omnispeech.download.lock import locked
+from omnispeech.download.models import mend_command
 from omnispeech.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+STOPPED = "stopped; the next start goes on from here"  # of a fetch
+MARGIN = 1 << 30  # bytes that stay free: for the manifest, conversions and caches
 ENTERED = {"by": "omnispeech startup", "source": "found in the models directory"}
 
 
@@ -20,24 +24,38 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
-def is_ready(path: Path) -> bool:
+def room_for(size: int) -> int:
+    """Bytes that should be free for `size` bytes to be fetched."""
+    return size + min(size, MARGIN)
+
+
+def fetched_size(path: Path) -> int:
+    """Bytes that interrupted fetches of `path` have brought."""
+    return sum(file.stat().st_size for file in partial_path(path).rglob("*") if file.is_file())
+
+
+def is_filled(path: Path) -> bool:
+    """Raises CheckpointError for what is no directory."""
+    return is_there(path) and any(path.iterdir())
+
+
+def settle(path: Path, hub: HubConfig) -> bool:
     """Whether the directory is there; then it is whole, and entered in the manifest.
 
-    One that is entered is compared by sizes and times. One that came by hand is entered if it is
-    complete. Raises CheckpointError, with the command that mends it, for one that is neither.
+    One that is entered is compared by sizes and times, and what a fetch left beside it taken away.
+    One that came by hand is hashed and entered if it is complete. Raises CheckpointError, with the
+    command that mends it, for one that is neither.
     """
-    if not is_there(path) or not any(path.iterdir()):
+    if not is_filled(path):
         return False
     manifest = Manifest(path.parent)
-    if path.name not in manifest.names():
-        return _taken_over(path)
+    entered = path.name in manifest.names()
     try:
-        check(manifest, path.name)
+        check(manifest, path.name) if entered else take_over(path)
     except CheckpointError as exc:
-        raise CheckpointError(
-            f"{exc} (to mend it: {fetch_command(path.parent, path.name)})"
-        ) from exc
-    _tidy(path)
+        raise CheckpointError(f"{exc} (to mend it: {mend_command(path, hub)})") from exc
+    if entered:
+        _tidy(path)
     return True
 
 
@@ -60,11 +78,15 @@ def _tidy(path: Path) -> None:
             Partial(path.parent, path.name).tidy()
 
 
-def _taken_over(path: Path) -> bool:
+def take_over(path: Path) -> bool:
+    """Whether a directory that came by hand could be entered.
+
+    Raises CheckpointError unless it is complete.
+    """
     if not os.access(path.parent, os.W_OK):
         _check_complete(path)
         logger.warning("%s is complete; it cannot be entered: read-only", path)
-        return True
+        return False
     from omnispeech.download.partial import Partial  # imports huggingface_hub: few starts need it
 
     with locked(path.parent):
@@ -81,10 +103,7 @@ def _check_complete(path: Path) -> None:
     try:
         check_complete(path)
     except CheckpointError as exc:
-        raise CheckpointError(
-            f"{exc}; {path} is not in the manifest and not whole (to bring what it lacks: "
-            f"{fetch_command(path.parent, path.name)})"
-        ) from exc
+        raise CheckpointError(f"{exc}; {path} is not in the manifest and not whole") from exc
 
 
 def _enter(path: Path) -> None:

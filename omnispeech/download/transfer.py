@@ -1,15 +1,14 @@
 """The files of one model, several at a time: each resumed, hashed while it comes, verified."""
 
-import errno
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
 
 from omnispeech.download.hub import FAILURES, Hub, HubFile, Listing
 from omnispeech.download.partial import Partial
+from omnispeech.download.present import STOPPED
 from omnispeech.download.progress import Progress
 from omnispeech.download.retries import Patience, Retries, Stopped
 from omnispeech.download.verification import PIECE, Digest
@@ -19,7 +18,6 @@ logger = logging.getLogger(__name__)
 
 ARRIVALS = 3  # of one file whose hash is wrong every time
 TICK_S = 0.2  # between two looks at the progress
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BrokenOff(Exception):
@@ -44,22 +42,24 @@ class Transfer:
                 done, waiting = wait(waiting, TICK_S, FIRST_EXCEPTION)
                 self._progress.show()
                 _raise_first(done)
+        except KeyboardInterrupt:
+            logger.info(STOPPED)
+            raise
         finally:
             self._stop.set()  # after Ctrl-C, too, no thread fetches on
             pool.shutdown(cancel_futures=True)
             self._progress.close()
 
     def _bring(self, file: HubFile) -> None:
-        with _full_disk_told(self._partial.path):
-            for arrival in range(1, ARRIVALS + 1):
-                digest = self._receive(file)
-                if digest.hash == file.hash:
-                    self._partial.keep(file, digest.sha256)
-                    return
-                size = self._discard(file)
-                self._progress.add(-size)
-                if arrival < ARRIVALS:
-                    logger.warning("%s arrived damaged; fetching it again", file.path)
+        for arrival in range(1, ARRIVALS + 1):
+            digest = self._receive(file)
+            if digest.hash == file.hash:
+                self._partial.keep(file, digest.sha256)
+                return
+            size = self._discard(file)
+            self._progress.add(-size)
+            if arrival < ARRIVALS:
+                logger.warning("%s arrived damaged; fetching it again", file.path)
         raise CheckpointError(
             f"{file.path} of {self._listing.model.repo} arrived damaged {ARRIVALS} times: its "
             f"hash should be {file.hash}, it is {digest.hash}; start again later, or check what "
@@ -143,16 +143,3 @@ def _raise_first(done: set[Future[None]]) -> None:
     errors.sort(key=lambda error: isinstance(error, Stopped))
     if errors:
         raise errors[0]
-
-
-@contextmanager
-def _full_disk_told(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as exc:
-        if exc.errno not in FULL:
-            raise
-        raise CheckpointError(
-            f"the disk of {place} is full ({exc.strerror}); what was fetched is kept there: make "
-            "room and start again, it goes on from there"
-        ) from exc

@@ -5,7 +5,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 import omnispeech
 from omnispeech.config import ServerConfig
@@ -14,7 +14,7 @@ from omnispeech.errors import NotReady
 from omnispeech.server.admission import STOPPING, Admission
 from omnispeech.server.limits import BodyLimit
 from omnispeech.server.live import live_routes
-from omnispeech.server.metrics import Replies, metrics_routes
+from omnispeech.server.metrics import EngineGauges, Replies, metrics_routes
 from omnispeech.server.refusal import add_error_handlers, error_body, retry_after
 from omnispeech.server.speech import speech_routes
 from omnispeech.server.stream_infer import stream_infer_routes
@@ -31,12 +31,14 @@ def create_app(engine: SpeechEngine, config: ServerConfig) -> FastAPI:
     add_error_handlers(app)
     registry = CollectorRegistry()
     admission = Admission(engine, Replies(registry).ended)
+    registry.register(EngineGauges(admission))
+    ProcessCollector(registry=registry)  # memory, processor time, open files
     app.state.admission = admission
     app.include_router(worker_routes(admission, config))
     app.include_router(live_routes(admission))
     app.include_router(stream_infer_routes(admission))
     app.include_router(speech_routes(admission, config))
-    app.include_router(metrics_routes(admission, registry))
+    app.include_router(metrics_routes(registry))
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")

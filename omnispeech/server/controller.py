@@ -52,9 +52,10 @@ class Registration:
         self._status = status
         self._sleep = sleep
         self._client = httpx.AsyncClient(transport=transport or straight(), timeout=TIMEOUT_S)
+        self._offered = False  # the controller may know this worker, even if the call was cut
         self._registered = False
         self._failures = 0
-        self._told_queue = 0
+        self._told_length = 0
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -73,7 +74,7 @@ class Registration:
     async def leave(self) -> None:
         """The last call. The protocol has no word for it: a worker without models is given no
         requests, and is forgotten once it is silent."""
-        if self._registered:
+        if self._offered:
             with suppress(*TROUBLE):
                 async with asyncio.timeout(LEAVE_S):
                     await self._register(replace(self._status(), model_names=[]))
@@ -84,10 +85,11 @@ class Registration:
         if self._registered:
             self._registered = await self._is_known(status.queue_length)
         if not self._registered:
+            self._offered = True
             await self._register(status)
             self._registered = True
             logger.info("registered with the controller %s as %s", self._controller, self._worker)
-        self._told_queue = status.queue_length
+        self._told_length = status.queue_length
 
     async def _is_known(self, queue_length: int) -> bool:
         answer = await self._post(
@@ -118,7 +120,7 @@ class Registration:
     async def _until_due(self) -> None:
         for _ in range(int(BEAT_S / LOOK_S)):
             await self._sleep(LOOK_S)
-            if self._status().queue_length != self._told_queue:
+            if self._status().queue_length != self._told_length:
                 return
 
     def _failed(self, exc: Exception) -> None:
@@ -160,6 +162,8 @@ def reason(exc: Exception) -> str:
         return f"its answer has status {exc.response.status_code}"
     if isinstance(exc, TimeoutError | httpx.TimeoutException):
         return f"no answer within {TIMEOUT_S:g} s"
+    if isinstance(exc, UnicodeError):
+        return "no host can have such a name"
     if isinstance(exc, ValueError):
         return "its answer is not that of a controller"
     return str(exc) or type(exc).__name__

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from omnispeech.config import ServerConfig
 from omnispeech.server.admission import Admission
 from omnispeech.server.controller import Registration
-from omnispeech.server.door import listen as listen
+from omnispeech.server.uvicorn_log import shorten_log
 from omnispeech.server.worker_api import worker_status
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ class HTTPServer(uvicorn.Server):
                 timeout_graceful_shutdown=CLOSE_S,
             )
         )
+        shorten_log()
         self._drain_s = config.drain_s
         self._admission: Admission = app.state.admission
         status = partial(worker_status, self._admission, config)

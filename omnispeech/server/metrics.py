@@ -10,7 +10,6 @@ from prometheus_client import (
     Counter,
     Histogram,
     Metric,
-    ProcessCollector,
     generate_latest,
 )
 from prometheus_client.core import GaugeMetricFamily
@@ -100,10 +99,8 @@ def by_label(name: str, text: str, label: str, values: Mapping[str, float]) -> M
     return family
 
 
-def metrics_routes(admission: Admission, registry: CollectorRegistry) -> APIRouter:
+def metrics_routes(registry: CollectorRegistry) -> APIRouter:
     router = APIRouter()
-    registry.register(EngineGauges(admission))
-    ProcessCollector(registry=registry)  # memory, processor time, open files
 
     @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics")
