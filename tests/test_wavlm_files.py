@@ -178,7 +178,7 @@ def test_a_conversion_of_other_tensors_is_found(models: Path) -> None:
     check_wavlm_conversion(directory)
     converted = directory / "pytorch_model.safetensors"
     data = bytearray(converted.read_bytes())
-    data[-1000] ^= 1
+    data[-997] ^= 1  # of an exponent
     converted.write_bytes(data)
     with pytest.raises(CheckpointError, match=f"{converted} does not hold .* pytorch_model.bin"):
         check_wavlm_conversion(directory)
