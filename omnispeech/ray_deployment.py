@@ -30,8 +30,7 @@ from omnispeech.errors import ConfigError, GenerationError
 from omnispeech.server.app import create_app
 from omnispeech.server.door import listen
 from omnispeech.server.one_of_many import Answer, OneOfMany
-from omnispeech.service import Settings, build_worker, find_sources, settings_of
-from omnispeech.startup import check_device
+from omnispeech.service import Settings, build_worker, choose_target, find_sources, settings_of
 
 try:
     import ray
@@ -217,10 +216,10 @@ def check(settings: Settings, scale: ScaleConfig) -> None:
     """Raises what Ray would tell after half a minute, and at length."""
     check_server(settings.server)
     if scale.ray_address == "local":
-        check_device(settings.place)
+        choose_target(settings.place)
         find_sources(settings.place)
     else:  # its machines have other devices than this one
-        check_device(replace(settings.place, device="cpu"))
+        choose_target(replace(settings.place, device="cpu"))
 
 
 def reason() -> str:

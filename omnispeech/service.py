@@ -18,6 +18,7 @@ from omnispeech.config import (
 
 if TYPE_CHECKING:
     from omnispeech.checkpoint.models_directory import Sources
+    from omnispeech.checkpoint.weight_plan import Target
     from omnispeech.engine.runner import Models
     from omnispeech.engine.worker import Worker
 
@@ -58,25 +59,35 @@ def find_sources(place: PlaceConfig, coming: Collection[str] = ()) -> "Sources":
     )
 
 
+def choose_target(place: PlaceConfig) -> "Target":
+    """Raises ConfigError for a device, type of numbers or kernel that is not to be had."""
+    from omnispeech.assembly import choose_device, choose_dtype
+    from omnispeech.checkpoint.weight_plan import Target
+    from omnispeech.layers.linear import known_kernel
+
+    device = choose_device(place.device)
+    dtype, kernel = choose_dtype(place.dtype, device), known_kernel(place.kernel)
+    return Target(device, dtype, kernel, place.read_threads)
+
+
 def build_worker(settings: Settings) -> "Worker":
     """Not yet started; what can be known to be wrong before models are loaded is raised here."""
     use_caches(Path(settings.place.models))
-    from omnispeech.assembly import choose_device, choose_dtype, load_sources
+    from omnispeech.assembly import load_sources
     from omnispeech.checkpoint.opens2s import Loading
     from omnispeech.engine.worker import Worker
-    from omnispeech.layers.linear import known_kernel
     from omnispeech.phases import Phases
 
     place = settings.place
     sources = find_sources(place)
-    device = choose_device(place.device)
+    target = choose_target(place)
     phases = Phases()
     load: Callable[[], Models] = partial(
         load_sources,
         sources,
-        device,
-        choose_dtype(place.dtype, device),
-        kernel=known_kernel(place.kernel),
+        target.device,
+        target.dtype,
+        kernel=target.kernel,
         compatible=settings.engine.compatible,
         loading=Loading(threads=place.read_threads, prepare=place.prepare, phases=phases),
     )
@@ -84,5 +95,5 @@ def build_worker(settings: Settings) -> "Worker":
         from omnispeech.checkpoint.prepared import Machine
         from omnispeech.deployment.prefetch import ahead
 
-        load = ahead(load, sources, Machine(device, place.kernel), prepare=place.prepare)
+        load = ahead(load, sources, Machine(target.device, target.kernel), prepare=place.prepare)
     return Worker(load, settings.engine, settings.decoder, phases)

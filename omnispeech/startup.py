@@ -28,7 +28,7 @@ from omnispeech.download.models import known_model, mend_command
 from omnispeech.download.present import STOPPED, settle
 from omnispeech.logs import log_to_stdout
 from omnispeech.server.door import listen
-from omnispeech.service import Settings, read_settings
+from omnispeech.service import Settings, choose_target, read_settings
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def bring(names: Sequence[str], models: Path, place: PlaceConfig, hub: HubConfig
     if not missing:
         return
     logger.info("to be fetched into %s: %s", models, ", ".join(missing))
-    check_device(place)
+    choose_target(place)  # what the worker would refuse is better known before 22 GB
     from omnispeech.download.directory import fetch_all
 
     fetch_all(missing, models, hub, deep=False)
@@ -154,15 +154,6 @@ def tell_origin(path: Path, hub: HubConfig) -> None:
             model.revision,
             mend_command(path, hub),
         )
-
-
-def check_device(place: PlaceConfig) -> None:
-    """Raises ConfigError for what the worker would refuse after 22 GB."""
-    from omnispeech.assembly import choose_device, choose_dtype
-    from omnispeech.layers.linear import known_kernel
-
-    choose_dtype(place.dtype, choose_device(place.device))
-    known_kernel(place.kernel)
 
 
 def convert_decoder(directory: Path) -> None:

@@ -55,3 +55,12 @@ def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     for name in GPUS:
         monkeypatch.setenv(name, "0")  # put back afterwards
+
+
+@pytest.fixture
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the environment, for the server."""
+    from omnispeech.config import PREFIX, setting_names
+
+    for name in setting_names():
+        monkeypatch.delenv(PREFIX + name.upper(), raising=False)

@@ -12,11 +12,13 @@ from settled_models import AWQ, state, write_settled
 from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.checkpoint.models_directory import choose_sources
 from omnispeech.cli import main
-from omnispeech.config import CONFIGS, PREFIX, setting_names
+from omnispeech.config import CONFIGS
 from omnispeech.deployment import doctor, machine
 from omnispeech.deployment.findings import Finding, as_text
 
 DECODER = "glm-4-voice-decoder"
+
+pytestmark = pytest.mark.usefixtures("no_settings")
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +30,6 @@ def settled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def models(settled: Path, tmp_path: Path) -> Path:
     """To be damaged; times are kept, as in a snapshot."""
     return Path(shutil.copytree(settled, tmp_path / "models"))
-
-
-@pytest.fixture(autouse=True)
-def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in setting_names():
-        monkeypatch.delenv(PREFIX + name.upper(), raising=False)
 
 
 def ask(models: Path, *flags: str) -> int:

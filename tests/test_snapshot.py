@@ -20,11 +20,12 @@ from settled_models import AWQ, NAMES, state, write_settled
 from omnispeech import caches
 from omnispeech.checkpoint.manifest import FILE_NAME, Manifest
 from omnispeech.cli import main
-from omnispeech.config import PREFIX, setting_names
 from omnispeech.deployment import snapshot
 
 HERE = Path(__file__).parent
 DECODER = "glm-4-voice-decoder"
+
+pytestmark = pytest.mark.usefixtures("no_settings")
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +37,6 @@ def settled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def models(settled: Path, tmp_path: Path) -> Path:
     """A copy that keeps times, as a snapshot does."""
     return Path(shutil.copytree(settled, tmp_path / "models"))
-
-
-@pytest.fixture(autouse=True)
-def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in setting_names():
-        monkeypatch.delenv(PREFIX + name.upper(), raising=False)
 
 
 def check(

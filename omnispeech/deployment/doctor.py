@@ -24,7 +24,7 @@ from omnispeech.download.hub import offline, offline_mode
 from omnispeech.download.models import MODELS, Model, known_model, mend_command
 from omnispeech.download.present import fetched_size, room_for
 from omnispeech.quantization.memory import free_memory
-from omnispeech.service import Settings
+from omnispeech.service import Settings, choose_target
 
 
 def examine(settings: Settings, hub: HubConfig) -> list[Finding]:
@@ -34,7 +34,7 @@ def examine(settings: Settings, hub: HubConfig) -> list[Finding]:
     with complaints("port", findings):
         findings.append(machine.port(settings.server))
     with complaints("device", findings):
-        target = machine.choose_target(settings.place)
+        target = choose_target(settings.place)
         findings.append(machine.device(target))
     models, coming = Path(settings.place.models), list[str]()
     with complaints("models", findings):

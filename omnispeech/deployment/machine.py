@@ -10,14 +10,12 @@ from pathlib import Path
 import torch
 
 from omnispeech import __version__
-from omnispeech.assembly import choose_device, choose_dtype
 from omnispeech.caches import cache_directory
 from omnispeech.checkpoint.files import size_text
 from omnispeech.checkpoint.models_directory import nearest
 from omnispeech.checkpoint.weight_plan import Target
-from omnispeech.config import PREFIX, PlaceConfig, ServerConfig, unknown_variables
+from omnispeech.config import PREFIX, ServerConfig, unknown_variables
 from omnispeech.deployment.findings import Finding
-from omnispeech.layers.linear import known_kernel
 from omnispeech.quantization.memory import free_memory
 from omnispeech.server.door import listen
 
@@ -48,12 +46,6 @@ def port(config: ServerConfig) -> Finding:
     """Raises ConfigError where it cannot be had."""
     listen(config).close()
     return Finding("ok", "port", f"{config.host}:{config.port} is free")
-
-
-def choose_target(place: PlaceConfig) -> Target:
-    """Raises ConfigError for a device that is not there, as a start does."""
-    device = choose_device(place.device)
-    return Target(device, choose_dtype(place.dtype, device), known_kernel(place.kernel))
 
 
 def device(target: Target) -> Finding:

@@ -26,12 +26,11 @@ from omnispeech.checkpoint.models_directory import (
 from omnispeech.checkpoint.prepared import PREPARED
 from omnispeech.checkpoint.wavlm_paths import BRIDGE
 from omnispeech.config import PlaceConfig
-from omnispeech.deployment import machine
 from omnispeech.deployment.findings import Finding, complaints
 from omnispeech.deployment.start import changes, choice, conversion, preparation
 from omnispeech.download.models import MODELS
 from omnispeech.download.present import is_filled
-from omnispeech.service import Settings
+from omnispeech.service import Settings, choose_target
 
 QUIET_S = 10.0  # what was written this short a time ago may still be being written
 UNFINISHED = (".partial", ".incomplete")  # ours, huggingface_hub's
@@ -116,7 +115,7 @@ def undone(sources: Sources, place: PlaceConfig) -> list[Finding]:
     with complaints("conversion", findings):
         findings.append(conversion(sources))
     with complaints("repacking", findings):
-        target = machine.choose_target(place)
+        target = choose_target(place)
         findings += preparation(sources, target, prepare=place.prepare)
     settle = f"start it once with: {start_command(Path(place.models))}"
     return [

@@ -4,6 +4,7 @@ itself, asked without loading anything."""
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
+from omnispeech.checkpoint.decoder import PUBLISHED
 from omnispeech.checkpoint.decoder_config import read_config
 from omnispeech.checkpoint.files import size_text
 from omnispeech.checkpoint.manifest import Manifest, Touched
@@ -73,7 +74,7 @@ def unconverted(sources: Sources) -> list[Path]:
     """Pickles that a start converts; raises CheckpointError where one is missing."""
     decoder = sources.decoder
     read_config(decoder / "config.yaml")
-    pickles = [decoder / "flow.pt", decoder / "hift.pt"]
+    pickles = [decoder / name for name in PUBLISHED]
     body = sources.wavlm and sources.wavlm.body
     if body and not (body / WEIGHTS).is_file():
         pickles.append(body / PICKLED)

@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from omnispeech.checkpoint.manifest import FileRecord, record_file
+from omnispeech.checkpoint.manifest import FileRecord
 from omnispeech.download.hub import HubFile
 
 PIECE = 1 << 22  # bytes hashed at a time
@@ -40,10 +40,6 @@ def matches(path: Path, record: FileRecord, file: HubFile) -> bool:
     digest = Digest(file)
     digest.update(path.read_bytes())  # not a large file: no SHA-256 of the hub
     return digest.hash == file.hash
-
-
-def record_if_there(path: Path) -> FileRecord | None:
-    return record_file(path) if path.is_file() else None
 
 
 def _git_blob(size: int) -> "hashlib._Hash":

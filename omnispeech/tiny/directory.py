@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from omnispeech.checkpoint.manifest import Manifest
+from omnispeech.checkpoint.models_directory import DECODER, OPENS2S
+from omnispeech.checkpoint.wavlm_paths import WAVLM
+from omnispeech.checkpoint.whole_file import sync
 from omnispeech.errors import CheckpointError
 from omnispeech.tiny.decoder import write_decoder
 from omnispeech.tiny.opens2s import write_opens2s
 from omnispeech.tiny.shape import TinyShape
 from omnispeech.tiny.wavlm import write_wavlm
-
-OPENS2S, DECODER, WAVLM = "OpenS2S", "glm-4-voice-decoder", "wavlm-base-plus"
 
 
 def write_tiny(
@@ -58,5 +59,4 @@ def _refuse_occupied(path: Path) -> None:
 def _sync(directory: Path) -> None:
     for path in directory.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
