@@ -4,20 +4,14 @@ A value comes from the command line, else from the environment (`OMNISPEECH_` an
 capitals), else from the file given with `--config` (TOML), else from the default here.
 """
 
-import os
 import re
-import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from dataclasses import dataclass, field
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from omnispeech.errors import ConfigError
 
-PREFIX = "OMNISPEECH_"
 EVERY_ADDRESS = ("", "0.0.0.0", "::")
-OF_OTHERS = {"SERVER", "VENV"}  # read by `omnispeech say` and by environment.sh
 
 
 def setting(default: Any, help: str) -> Any:
@@ -169,6 +163,48 @@ class ServerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TalkConfig:
+    """Live conversations: /v1/realtime."""
+
+    max_talks: int = setting(64, "live conversations that may be open, talking or silent")
+    talk_idle_s: float = setting(600.0, "one in which nobody speaks ends after this")
+    max_talk_s: float = setting(3600.0, "one ends after this")
+    resume_s: float = setting(30.0, "one that lost its connection waits this long; 0: not")
+    speculate_ms: int = setting(
+        200, "silence after which an answer is begun, and thrown away if speech goes on; 0: not"
+    )
+    max_frame_mb: int = setting(24, "of one WebSocket message")
+    transcription: Literal["off", "model"] = setting(
+        "off", "model: the LLM writes down what it heard, on request; not measured"
+    )
+    page: bool = setting(True, "serve the page to talk with, at /")
+
+    def __post_init__(self) -> None:
+        _check_range("max_talks", self.max_talks, 1, 100_000)
+        _check_range("talk_idle_s", self.talk_idle_s, 1.0, 86_400.0)
+        _check_range("max_talk_s", self.max_talk_s, 1.0, 86_400.0)
+        _check_range("resume_s", self.resume_s, 0.0, 3600.0)
+        _check_range("speculate_ms", self.speculate_ms, 0, 5000)
+        _check_range("max_frame_mb", self.max_frame_mb, 1, 1024)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccessConfig:
+    """Who may come in, and how much one may ask for."""
+
+    api_keys: str = setting("", "TOML file, read again when it changes; none: no key is needed")
+    origins: str = setting("", "web pages that may ask, by commas; *: all; none: those served here")
+    tls_certificate: str = setting("", "PEM file; with tls_key the server speaks https and wss")
+    tls_key: str = setting("", "PEM file")
+    upload_s: float = setting(60.0, "the body of a request may take this long to arrive")
+
+    def __post_init__(self) -> None:
+        _check_range("upload_s", self.upload_s, 1.0, 86_400.0)
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ConfigError("tls_certificate and tls_key go together; give both or none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleConfig:
     """Many engines behind one address (`omnispeech scale`): each replica has one GPU, or cores."""
 
@@ -217,102 +253,3 @@ class HubConfig:
     def __post_init__(self) -> None:
         _check_range("connections", self.connections, 1, 64)
         check_url("hub_endpoint", self.hub_endpoint)
-
-
-Config = TypeVar(
-    "Config", PlaceConfig, EngineConfig, DecoderConfig, ServerConfig, ScaleConfig, HubConfig
-)
-CONFIGS = (PlaceConfig, EngineConfig, DecoderConfig, ServerConfig)
-
-
-def setting_names() -> set[str]:
-    return {f.name for config in (*CONFIGS, ScaleConfig, HubConfig) for f in fields(config)}
-
-
-def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Misspelt ones, most likely; they have no effect."""
-    known = {PREFIX + name for name in {n.upper() for n in setting_names()} | OF_OTHERS}
-    return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """The flat TOML file of `--config`; a key that is no setting is refused by name."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as exc:
-        raise ConfigError(f"{path} does not exist; --config takes a TOML file") from exc
-    except OSError as exc:
-        raise ConfigError(f"{path} cannot be read: {exc.strerror}") from exc
-    except UnicodeDecodeError as exc:
-        raise ConfigError(f"{path} is not UTF-8 text: {exc}") from exc
-    except tomllib.TOMLDecodeError as exc:
-        raise ConfigError(f"{path} is not valid TOML: {exc}") from exc
-    check_names(values, str(path))
-    return values
-
-
-def read_hub(flags: Mapping[str, Any], file: Path | None) -> HubConfig:
-    """flags, file: as for all settings.
-
-    HF_ENDPOINT is checked here: huggingface_hub fails at its import over some that are wrong.
-    """
-    check_url("HF_ENDPOINT", os.environ.get("HF_ENDPOINT", ""))
-    return build_config(HubConfig, flags, read_config_file(file) if file else {})
-
-
-def check_names(values: Mapping[str, Any], place: str) -> None:
-    known = setting_names()
-    if unknown := sorted(values.keys() - known):
-        raise ConfigError(f"{place}: unknown key {unknown[0]!r}; known: {', '.join(sorted(known))}")
-
-
-def build_config(
-    config: type[Config],
-    flags: Mapping[str, Any],
-    file: Mapping[str, Any],
-    environ: Mapping[str, str] = os.environ,
-) -> Config:
-    """Flags that are None and variables that are empty were not given."""
-    values: dict[str, Any] = {}
-    for f in fields(config):
-        variable = PREFIX + f.name.upper()
-        if flags.get(f.name) is not None:
-            values[f.name] = flags[f.name]
-        elif environ.get(variable):
-            values[f.name] = parse_value(f.type, environ[variable], variable)
-        elif f.name in file:
-            values[f.name] = checked_type(f.type, file[f.name], f.name)
-    return config(**values)
-
-
-TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-
-
-def parse_value(kind: Any, text: str, name: str) -> Any:
-    """Text of the environment or the command line -> a value of the field's type."""
-    if get_origin(kind) is Literal:
-        return checked_type(kind, text, name)
-    if kind is bool:
-        if text.lower() not in TRUE + FALSE:
-            raise ConfigError(f"{name}={text!r}; allowed: {', '.join(TRUE + FALSE)}")
-        return text.lower() in TRUE
-    try:
-        return kind(text)
-    except ValueError as exc:
-        raise ConfigError(f"{name}={text!r} is not {_noun(kind)}") from exc
-
-
-def checked_type(kind: Any, value: Any, name: str) -> Any:
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ConfigError(f"{name}={value!r}; allowed: {', '.join(get_args(kind))}")
-        return value
-    if kind is float and type(value) is int:
-        return float(value)
-    if type(value) is not kind:
-        raise ConfigError(f"{name}={value!r} is not {_noun(kind)}")
-    return value
-
-
-def _noun(kind: type) -> str:
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]

@@ -6,7 +6,12 @@
   - RequestError         the caller asked for something we cannot do       (HTTP 400)
     - AudioError         the caller sent audio we cannot use               (HTTP 400)
     - TooLarge           the request body is over the limit                (HTTP 413)
+    - PromptTooLong      the conversation is longer than the context       (HTTP 400)
+    - Unauthorized       no API key, or one that is not known              (HTTP 401)
+    - Forbidden          a web page of another origin asks                 (HTTP 403)
+    - Unsupported        this model cannot do it                           (HTTP 501)
   - Unavailable          not now, but later                                (HTTP 503)
+    - TooManyRequests    the limits of the API key are used up             (HTTP 429)
     - NotReady           the models are still being loaded                 (HTTP 503)
     - Overloaded         no conversation is free and the queue is full     (HTTP 503)
   - GenerationError      the device failed in the middle of a reply        (HTTP 500)
@@ -39,9 +44,37 @@ class TooLarge(RequestError):
     status = 413
 
 
+class PromptTooLong(RequestError):
+    def __init__(self, message: str, positions: int, room: int) -> None:
+        """positions: what the prompt takes; room: what there is for it."""
+        super().__init__(message)
+        self.positions = positions
+        self.room = room
+
+
+class Unauthorized(RequestError):
+    status = 401
+
+
+class Forbidden(RequestError):
+    status = 403
+
+
+class Unsupported(RequestError):
+    status = 501
+
+
 class Unavailable(OmniSpeechError):
     status = 503
     retry_after_s = 1
+
+
+class TooManyRequests(Unavailable):
+    status = 429
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class NotReady(Unavailable):

@@ -18,14 +18,8 @@ from typing import Any
 import httpx
 from starlette.types import ASGIApp
 
-from omnispeech.config import (
-    EngineConfig,
-    PlaceConfig,
-    ScaleConfig,
-    ServerConfig,
-    build_config,
-    check_names,
-)
+from omnispeech.config import EngineConfig, PlaceConfig, ScaleConfig, ServerConfig
+from omnispeech.config_reader import build_config, check_names
 from omnispeech.errors import ConfigError, GenerationError
 from omnispeech.server.app import create_app
 from omnispeech.server.door import listen

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from omnispeech.caches import use_caches
 from omnispeech.config import (
+    AccessConfig,
     DecoderConfig,
     EngineConfig,
     PlaceConfig,
     ServerConfig,
-    build_config,
-    read_config_file,
+    TalkConfig,
 )
+from omnispeech.config_reader import build_config, read_config_file
 
 if TYPE_CHECKING:
     from omnispeech.checkpoint.models_directory import Sources
@@ -29,6 +30,8 @@ class Settings:
     engine: EngineConfig
     decoder: DecoderConfig
     server: ServerConfig
+    talk: TalkConfig
+    access: AccessConfig
 
 
 def read_settings(flags: Mapping[str, Any], file: Path | None = None) -> Settings:
@@ -44,6 +47,8 @@ def settings_of(flags: Mapping[str, Any], file: Mapping[str, Any]) -> Settings:
         engine=build(EngineConfig),
         decoder=build(DecoderConfig),
         server=build(ServerConfig),
+        talk=build(TalkConfig),
+        access=build(AccessConfig),
     )
 
 

@@ -23,7 +23,8 @@ from omnispeech.checkpoint.models_directory import (
 )
 from omnispeech.checkpoint.wavlm_paths import WAVLM, is_wavlm, wavlm_paths
 from omnispeech.commands import serve
-from omnispeech.config import HubConfig, PlaceConfig, read_hub
+from omnispeech.config import HubConfig, PlaceConfig
+from omnispeech.config_reader import read_hub
 from omnispeech.download.models import known_model, mend_command
 from omnispeech.download.present import STOPPED, settle
 from omnispeech.logs import log_to_stdout

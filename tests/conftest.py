@@ -60,7 +60,7 @@ def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the environment, for the server."""
-    from omnispeech.config import PREFIX, setting_names
+    from omnispeech.config_reader import PREFIX, setting_names
 
     for name in setting_names():
         monkeypatch.delenv(PREFIX + name.upper(), raising=False)

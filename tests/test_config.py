@@ -5,15 +5,8 @@ from typing import Any
 
 import pytest
 
-from omnispeech.config import (
-    DecoderConfig,
-    EngineConfig,
-    PlaceConfig,
-    ServerConfig,
-    build_config,
-    read_config_file,
-    unknown_variables,
-)
+from omnispeech.config import DecoderConfig, EngineConfig, PlaceConfig, ServerConfig
+from omnispeech.config_reader import build_config, read_config_file, unknown_variables
 from omnispeech.errors import ConfigError
 
 

@@ -154,7 +154,7 @@ def test_variables_that_compose_hands_on_are_settings() -> None:
 
 
 def all_settings() -> list[Any]:
-    from omnispeech.config import CONFIGS
+    from omnispeech.config_reader import CONFIGS
 
     return [f for config in CONFIGS for f in fields(config)]
 

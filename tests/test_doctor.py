@@ -12,7 +12,7 @@ from settled_models import AWQ, state, write_settled
 from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.checkpoint.models_directory import choose_sources
 from omnispeech.cli import main
-from omnispeech.config import CONFIGS
+from omnispeech.config_reader import CONFIGS
 from omnispeech.deployment import doctor, machine
 from omnispeech.deployment.findings import Finding, as_text
 

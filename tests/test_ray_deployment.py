@@ -26,14 +26,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from websockets.asyncio.client import ClientConnection
 
 from omnispeech.cli import main
-from omnispeech.config import (
-    EngineConfig,
-    PlaceConfig,
-    ScaleConfig,
-    ServerConfig,
-    build_config,
-    check_names,
-)
+from omnispeech.config import EngineConfig, PlaceConfig, ScaleConfig, ServerConfig
+from omnispeech.config_reader import build_config, check_names
 from omnispeech.errors import ConfigError, GenerationError, OmniSpeechError
 from omnispeech.service import settings_of
 

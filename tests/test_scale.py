@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from omnispeech.config import ScaleConfig, build_config, read_config_file
+from omnispeech.config import ScaleConfig
+from omnispeech.config_reader import build_config, read_config_file
 from omnispeech.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent

@@ -4,7 +4,8 @@ import argparse
 import sys
 
 from omnispeech.commands import serve
-from omnispeech.config import HubConfig, read_hub
+from omnispeech.config import HubConfig
+from omnispeech.config_reader import read_hub
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

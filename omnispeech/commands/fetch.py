@@ -7,7 +7,8 @@ from pathlib import Path
 from omnispeech.checkpoint.models_directory import DECODER, OPENS2S
 from omnispeech.commands.models_flag import add_models, models_directory
 from omnispeech.commands.serve import add_settings
-from omnispeech.config import HubConfig, read_hub
+from omnispeech.config import HubConfig
+from omnispeech.config_reader import read_hub
 from omnispeech.logs import log_to_stdout
 
 

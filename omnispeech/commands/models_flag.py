@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from omnispeech.config import PlaceConfig, build_config
+from omnispeech.config import PlaceConfig
+from omnispeech.config_reader import build_config
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:

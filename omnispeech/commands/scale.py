@@ -6,7 +6,8 @@ import os
 import signal
 
 from omnispeech.commands import serve
-from omnispeech.config import ScaleConfig, build_config, read_config_file, unknown_variables
+from omnispeech.config import ScaleConfig
+from omnispeech.config_reader import build_config, read_config_file, unknown_variables
 from omnispeech.service import settings_of
 
 logger = logging.getLogger(__name__)

@@ -10,19 +10,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from omnispeech.config import (
-    CONFIGS,
-    DecoderConfig,
-    EngineConfig,
-    ServerConfig,
-    unknown_variables,
-)
+from omnispeech.config import AccessConfig, DecoderConfig, EngineConfig, ServerConfig, TalkConfig
+from omnispeech.config_reader import CONFIGS, unknown_variables
 from omnispeech.logs import log_to_stdout
 from omnispeech.service import build_worker, read_settings
 
 logger = logging.getLogger(__name__)
 
-TITLES = {EngineConfig: "engine", DecoderConfig: "speech decoder", ServerConfig: "server"}
+TITLES = {
+    EngineConfig: "engine",
+    DecoderConfig: "speech decoder",
+    ServerConfig: "server",
+    TalkConfig: "live conversations",
+    AccessConfig: "access",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +63,7 @@ def serve(args: argparse.Namespace) -> int:
 
     with listen(settings.server) as door:
         server = replace(settings.server, port=door.getsockname()[1])  # 0 was: any free port
-        http = HTTPServer(create_app(worker, server), server)
+        http = HTTPServer(create_app(worker, server, settings.talk, settings.access), server)
         on_hang_up(http.handle_exit)
         worker.start(on_failure=http.stop)
         try:

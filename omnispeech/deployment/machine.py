@@ -14,7 +14,8 @@ from omnispeech.caches import cache_directory
 from omnispeech.checkpoint.files import size_text
 from omnispeech.checkpoint.models_directory import nearest
 from omnispeech.checkpoint.weight_plan import Target
-from omnispeech.config import PREFIX, ServerConfig, unknown_variables
+from omnispeech.config import ServerConfig
+from omnispeech.config_reader import PREFIX, unknown_variables
 from omnispeech.deployment.findings import Finding
 from omnispeech.quantization.memory import free_memory
 from omnispeech.server.door import listen

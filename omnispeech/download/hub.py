@@ -16,7 +16,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     hf_raise_for_status,
 )
 
-from omnispeech.config import TRUE
+from omnispeech.config_reader import TRUE
 from omnispeech.download.models import Model
 from omnispeech.errors import CheckpointError, ConfigError, OmniSpeechError, Unavailable
 

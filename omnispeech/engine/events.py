@@ -1,12 +1,13 @@
 """The seam between the engine and everything that talks to it. No torch here.
 
-A caller builds a `TurnRequest`, iterates over `SpeechEngine.answer(request)` and gets `TextDelta`
-and `AudioDelta` as they are made, then one `Done`. Leaving the iterator early cancels the turn.
+A caller builds a `TurnRequest`, iterates over `SpeechEngine.answer(request)` and gets `TextDelta`,
+`AudioDelta` and `ToolCall` as they are made, then one `Done`. Leaving the iterator early cancels
+the turn.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,8 @@ from omnispeech.errors import RequestError
 from omnispeech.phases import Phase
 
 INPUT_RATE_HZ = 16_000
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant")  # of messages that are spoken or written
+TOOL = "tool"  # the role of what a function gave
 
 Samples = NDArray[np.float32]
 
@@ -33,12 +35,32 @@ class Audio:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that the model wants called; in a history, one that it wanted."""
+
+    name: str
+    arguments: str  # a JSON object
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tool:
+    """A function that the model may call."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # a JSON Schema
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
+    """role TOOL: the result of a call, as text."""
+
     role: str
     content: tuple[Text | Audio, ...]
+    tool_calls: tuple[ToolCall, ...] = ()  # of the assistant
 
     def __post_init__(self) -> None:
-        if self.role not in ROLES:
+        if self.role not in (*ROLES, TOOL):
             raise RequestError(f"unknown role {self.role!r}; known: {', '.join(ROLES)}")
 
 
@@ -47,6 +69,9 @@ class TurnRequest:
     """One reply asked for. The defaults are those of the original worker."""
 
     messages: tuple[Message, ...]
+    speech: bool = True  # False: text alone
+    script: str | None = None  # the reply is this text, spoken; None: the model's own words
+    tools: tuple[Tool, ...] = ()
     max_new_tokens: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
@@ -73,6 +98,7 @@ class TurnRequest:
 @dataclass(frozen=True, slots=True)
 class TextDelta:
     text: str
+    from_s: float = 0.0  # seconds of the reply's sound before which it cannot be heard
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +123,9 @@ class Done:
     first_audio_s: float  # likewise to the first AudioDelta
     total_s: float
     audio_s: float  # seconds of sound in the reply
+    audio_tokens: int = 0  # of prompt_tokens, those that stand for sound
+    cached_tokens: int = 0  # of prompt_tokens, those an earlier turn had read
+    queue_s: float = 0.0  # from the call of answer() until there was a place on the device
 
     @property
     def real_time_factor(self) -> float:
@@ -104,7 +133,7 @@ class Done:
         return self.total_s / self.audio_s if self.audio_s else float("inf")
 
 
-Event = TextDelta | AudioDelta | Done
+Event = TextDelta | AudioDelta | ToolCall | Done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +145,9 @@ class EngineStatus:
     max_waiting: int = 0
     failure: str | None = None  # why it will never be ready
     phases: dict[str, Phase] = field(default_factory=dict)  # of the start, in order
+    kv_tokens: int = 0  # positions of all conversations together, per language model
+    kv_used: int = 0  # of those, taken or kept for a next turn
+    device_bytes: int = 0  # memory of the device in use; 0: not known
 
 
 class SpeechEngine(Protocol):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from omnispeech.config import FALSE, TRUE, parse_value
+from omnispeech.config_reader import FALSE, TRUE, parse_value
 from omnispeech.errors import ConfigError
 from omnispeech.quantization.methods.settings import DAMPING, Duo, MethodName, MethodSettings
 from omnispeech.quantization.run_settings import (

@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 import omnispeech
-from omnispeech.config import ServerConfig
+from omnispeech.config import AccessConfig, ServerConfig, TalkConfig
 from omnispeech.engine.events import EngineStatus, SpeechEngine
 from omnispeech.errors import NotReady
 from omnispeech.server.admission import STOPPING, Admission
@@ -20,10 +20,16 @@ from omnispeech.server.speech import speech_routes
 from omnispeech.server.stream_infer import stream_infer_routes
 from omnispeech.server.worker_api import worker_routes
 
+DEFAULT_TALK, DEFAULT_ACCESS = TalkConfig(), AccessConfig()
 LOADING = "the models are still being loaded; try again later"
 
 
-def create_app(engine: SpeechEngine, config: ServerConfig) -> FastAPI:
+def create_app(
+    engine: SpeechEngine,
+    config: ServerConfig,
+    talk: TalkConfig = DEFAULT_TALK,
+    access: AccessConfig = DEFAULT_ACCESS,
+) -> FastAPI:
     """`app.state.admission` lets whoever runs the app stop it without cutting a reply."""
     # the pages that FastAPI would make load scripts from elsewhere
     app = FastAPI(title="omnispeech", version=omnispeech.__version__, docs_url=None, redoc_url=None)

@@ -128,6 +128,8 @@ def told(event: Event, turn_id: str, rate_hz: int) -> tuple[str, dict[str, Any]]
             return "audio", {"audio": base64.b64encode(pcm16).decode(), "rate_hz": rate_hz}
         case Done():
             return "done", {"turn_id": turn_id, **summary(event)}
+        case _:
+            raise AssertionError(event)  # no tools were given
 
 
 def packed(name: str, data: dict[str, Any]) -> bytes:
