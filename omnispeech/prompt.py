@@ -10,26 +10,25 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
-from omnispeech.errors import CheckpointError, RequestError
+from omnispeech.chat_template import ChatTemplate, Function, Turn, changed_strings, strings_in
+from omnispeech.errors import CheckpointError, RequestError, Unsupported
 from omnispeech.json_file import read_json
 
 AUDIO_SLOT = -200  # stands in the ids where the vectors of one audio are put
 DEFAULT_SYSTEM = "You are a helpful assistant."
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 
 AUDIO_START, AUDIO_END = "<|im_audio_start|>", "<|im_audio_end|>"
 AUDIO_MARKER = "<|im_audio|>"  # text only: it is cut out before tokenisation
 SPEECH_START, SPEECH_END = "<|im_tts_start|>", "<|im_tts_end|>"
-CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", AUDIO_START, AUDIO_END, SPEECH_START, SPEECH_END)
+END_OF_TURN = "<|im_end|>"
+CONTROL_TOKENS = ("<|im_start|>", END_OF_TURN, AUDIO_START, AUDIO_END, SPEECH_START, SPEECH_END)
 
 PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 UNIT_TOKEN = re.compile(r"<\|audio_(\d+)\|>")
-
-Render = Callable[[list[dict[str, str]]], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +43,17 @@ AUDIO = AudioMark()
 class PromptMessage:
     role: str
     parts: tuple[str | AudioMark, ...]
+    calls: tuple[Function, ...] = ()  # of the assistant
 
 
 class PromptBuilder:
     """Builds prompts for one text tokenizer and its chat template."""
 
-    def __init__(self, tokenizer: Tokenizer, render: Render, *, compatible: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate, *, compatible: bool = False
+    ) -> None:
         self._full = tokenizer
-        self._render = render
+        self._template = template
         self._compatible = compatible
         added = tokenizer.get_added_tokens_decoder()
         self._special = frozenset(i for i, token in added.items() if token.special)
@@ -69,14 +71,35 @@ class PromptBuilder:
         for token in CONTROL_TOKENS:
             if tokenizer.token_to_id(token) is None:
                 raise CheckpointError(f"{path / 'tokenizer.json'} has no token {token}")
-        return cls(tokenizer, _read_template(path, tokenizer), compatible=compatible)
+        template = ChatTemplate.from_directory(path, tokenizer)
+        return cls(tokenizer, template, compatible=compatible)
 
-    def build(self, messages: Sequence[PromptMessage]) -> list[int]:
-        """As many AUDIO_SLOTs as the messages have audios, in the same order."""
-        _check_messages(messages)
+    def build(
+        self, messages: Sequence[PromptMessage], functions: Sequence[Function] = ()
+    ) -> list[int]:
+        """As many AUDIO_SLOTs as the messages have audios, in the same order.
+
+        Raises Unsupported if the chat template has no place for functions.
+        """
+        try:
+            return self._checked_ids(messages, functions)
+        except RecursionError as exc:
+            raise RequestError("the functions or their arguments are nested too deeply") from exc
+
+    def _checked_ids(
+        self, messages: Sequence[PromptMessage], functions: Sequence[Function]
+    ) -> list[int]:
+        _check_roles(messages)
+        self._check_functions(messages, functions)
+        for text in (*_texts_of(messages), *strings_in(functions)):
+            _check_encodable(text)
         if self._compatible or all(m.role != "system" for m in messages):
             messages = [PromptMessage("system", (DEFAULT_SYSTEM,)), *messages]
-        ids = list(self._compatible_ids(messages) if self._compatible else self._ids_of(messages))
+        ids = list(
+            self._compatible_ids(messages)
+            if self._compatible
+            else self._ids_of(messages, functions)
+        )
         slots = ids.count(AUDIO_SLOT)
         audios = sum(isinstance(part, AudioMark) for m in messages for part in m.parts)
         if slots != audios:
@@ -86,6 +109,12 @@ class PromptBuilder:
             )
         return ids
 
+    def reply_ids(self, text: str) -> list[int]:
+        """What the LLM writes to say `text`, up to the end of its turn."""
+        _check_encodable(text)
+        ends = (self._ids[SPEECH_END], self._ids[END_OF_TURN])
+        return [*self._plain_ids(text), *ends]
+
     def text_stream(self) -> "TextStream":
         return TextStream(self._full, self._special)
 
@@ -94,31 +123,59 @@ class PromptBuilder:
         stream = self.text_stream()
         return stream.push(ids) + stream.finish()
 
+    def _check_functions(
+        self, messages: Sequence[PromptMessage], functions: Sequence[Function]
+    ) -> None:
+        calls = any(m.calls or m.role == "tool" for m in messages)
+        if self._compatible and (functions or calls):
+            raise Unsupported(
+                "the compatible mode has the prompts of the original, which know no functions; "
+                "send none, or start the server without --compatible"
+            )
+        if functions and not self._template.shows_functions:
+            raise Unsupported(
+                "the chat template of this model has no place for functions; send no tools"
+            )
+        if calls and not self._template.shows_calls:
+            raise Unsupported(
+                "the chat template of this model has no place for calls of functions and their "
+                "results; send a conversation without them"
+            )
+
+    def _plain_ids(self, text: str) -> list[int]:
+        return self._plain.encode(text, add_special_tokens=False).ids
+
     def _compatible_ids(self, messages: Sequence[PromptMessage]) -> Iterator[int]:
-        rendered = self._rendered(messages, lambda text: text)
+        rendered = self._rendered(messages, (), lambda text: text)
         for number, piece in enumerate(rendered.split(AUDIO_MARKER)):
             if number:
                 yield AUDIO_SLOT
             yield from self._full.encode(piece, add_special_tokens=False).ids
 
-    def _ids_of(self, messages: Sequence[PromptMessage]) -> Iterator[int]:
-        texts = (part for m in messages for part in m.parts if isinstance(part, str))
-        mark = _unused_character(texts)
+    def _ids_of(
+        self, messages: Sequence[PromptMessage], functions: Sequence[Function]
+    ) -> Iterator[int]:
+        mark = _unused_character([*_texts_of(messages), *strings_in(functions)])
 
         def broken(text: str) -> str:
             return self._start_of_control.sub(rf"\g<0>{mark}", text)
 
         # re.split with one group: plain text at even places, control tokens at odd ones
-        for place, piece in enumerate(self._control.split(self._rendered(messages, broken))):
+        rendered = self._rendered(messages, functions, broken)
+        for place, piece in enumerate(self._control.split(rendered)):
             if place % 2:
                 yield self._ids[piece]
             elif piece:
-                plain = piece.replace(mark, "")
-                yield from self._plain.encode(plain, add_special_tokens=False).ids
+                yield from self._plain_ids(piece.replace(mark, ""))
 
-    def _rendered(self, messages: Sequence[PromptMessage], guard: Callable[[str], str]) -> str:
-        turns = [{"role": m.role, "content": _content(m.parts, guard)} for m in messages]
-        return self._render(turns) + SPEECH_START
+    def _rendered(
+        self,
+        messages: Sequence[PromptMessage],
+        functions: Sequence[Function],
+        guard: Callable[[str], str],
+    ) -> str:
+        turns = [_turn(message, guard) for message in messages]
+        return self._template.render(turns, changed_strings(functions, guard)) + SPEECH_START
 
 
 class TextStream:
@@ -134,6 +191,11 @@ class TextStream:
 
     def push(self, ids: Iterable[int]) -> str:
         return self._utf8.decode(b"".join(map(self._bytes, ids)))
+
+    @property
+    def holds(self) -> bool:
+        """A character has begun and is not complete."""
+        return bool(self._utf8.getstate()[0])
 
     def finish(self) -> str:
         """What is left of a character that was never completed."""
@@ -185,13 +247,10 @@ class UnitVocabulary:
         return unit + self.units_bias
 
 
-def _check_messages(messages: Sequence[PromptMessage]) -> None:
+def _check_roles(messages: Sequence[PromptMessage]) -> None:
     for message in messages:
         if message.role not in ROLES:
             raise RequestError(f"unknown role {message.role!r}; known: {', '.join(ROLES)}")
-        for part in message.parts:
-            if isinstance(part, str):
-                _check_encodable(part)
 
 
 def _check_encodable(text: str) -> None:
@@ -202,6 +261,17 @@ def _check_encodable(text: str) -> None:
             f"character {exc.start} of a text is the lone surrogate U+{ord(text[exc.start]):04X}; "
             "send valid Unicode"
         ) from exc
+
+
+def _texts_of(messages: Sequence[PromptMessage]) -> Iterator[str]:
+    for message in messages:
+        yield from (part for part in message.parts if isinstance(part, str))
+        yield from strings_in(message.calls)
+
+
+def _turn(message: PromptMessage, guard: Callable[[str], str]) -> Turn:
+    turn: Turn = {"role": message.role, "content": _content(message.parts, guard)}
+    return turn | {"tool_calls": changed_strings(message.calls, guard)} if message.calls else turn
 
 
 def _content(parts: Sequence[str | AudioMark], guard: Callable[[str], str]) -> str:
@@ -245,53 +315,6 @@ def _read_tokenizer(file: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _read_template(path: Path, tokenizer: Tokenizer) -> Render:
-    """The chat template as transformers renders it: in its sandbox, with its helpers."""
-    from jinja2 import TemplateError
-    from transformers import PreTrainedTokenizerFast
-
-    config = read_json(path / "tokenizer_config.json")
-    chat = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer,
-        chat_template=template_text(path, config),
-        **special_token_names(config),
-    )
-
-    def render(turns: list[dict[str, str]]) -> str:
-        try:
-            return str(
-                chat.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
-                )
-            )
-        except TemplateError as exc:
-            raise RequestError(f"the chat template refuses these messages: {exc}") from exc
-
-    return render
-
-
-def template_text(path: Path, config: dict[str, Any]) -> str:
-    """transformers 5 writes a file of its own; older versions write into the configuration."""
-    jinja, legacy = path / "chat_template.jinja", path / "chat_template.json"
-    if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
-    template = (read_json(legacy) if legacy.is_file() else config).get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = {t["name"]: t["template"] for t in template}.get("default")
-    if not isinstance(template, str):
-        raise CheckpointError(
-            f"{path} has no chat template, neither in tokenizer_config.json nor in {jinja.name}"
-        )
-    return template
-
-
-def special_token_names(config: dict[str, Any]) -> dict[str, str]:
-    """Those a template may ask for."""
-    stored = {name: config.get(f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
-    names = {n: t["content"] if isinstance(t, dict) else t for n, t in stored.items()}
-    return {f"{name}_token": token for name, token in names.items() if token}
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -14,7 +14,7 @@ from omnispeech.config import DecoderConfig
 from omnispeech.engine.conversations import Conversations
 from omnispeech.engine.events import Audio, AudioDelta, Done, Message, Text, TextDelta, TurnRequest
 from omnispeech.engine.sampling import NOT_FINITE
-from omnispeech.errors import AudioError, GenerationError, RequestError
+from omnispeech.errors import AudioError, GenerationError, PromptTooLong, RequestError
 
 
 def test_a_reply_is_text_and_sound_and_then_done() -> None:
@@ -317,9 +317,12 @@ def test_text_is_never_cut_by_the_units() -> None:
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers() -> None:
-    engine = conversations(context_length=64)
-    with pytest.raises(RequestError, match=r"\d+ positions, the context has 64"):
-        engine.open(question("word " * 200), print)
+    long = question("word " * 200)
+    length = conversations().open(long, print).prompt_length
+    with pytest.raises(PromptTooLong, match=f"{length} positions, the context has 64") as refused:
+        conversations(context_length=64).open(long, print)
+    assert (refused.value.positions, refused.value.room) == (length, 63)
+    assert conversations(context_length=length + 1).open(long, print).rules.text_limit == 1
 
 
 @pytest.mark.parametrize("parts", [Text("hi"), question().messages[0].content[1]])

@@ -123,3 +123,91 @@ def test_running_ahead_changes_no_unit(
     assert one.unit_ids == other.unit_ids
     assert inputs == inputs_ahead
     assert len(one.unit_ids) <= slow.most_units
+
+
+def played(
+    rules: Rules, words: int, call: int, units: list[int]
+) -> tuple[Interleaver, list[tuple[int | None, int]]]:
+    """Words that are spoken, then a call, which is known for one at its second token."""
+    turn, inputs = Interleaver(rules), []
+    text, unit_ids = iter([*[9] * (words + call), TEXT_END]), iter(units)
+    while not turn.done:
+        if turn.wants_text:
+            if len(turn.text_ids) == words + 1:
+                turn.cut()
+            turn.add_text(next(text), held=len(turn.text_ids) >= words)
+        if turn.wants_speech:
+            step = turn.next_input()
+            assert step is not None
+            inputs.append((step.lead, len(step.states)))
+            turn.add_unit(next(unit_ids))
+    return turn, inputs
+
+
+def test_text_alone_is_over_with_its_text() -> None:
+    turn = Interleaver(rules(speech=False))
+    for _ in range(5):
+        assert turn.needs_text and turn.wants_text and not turn.wants_speech
+        turn.add_text(9)
+    turn.add_text(TEXT_END)
+    assert turn.done and turn.silent
+    assert (turn.text_finish, turn.speech_finish, turn.ahead) == ("stop", "stop", 0)
+    assert turn.rules.speech_positions == 0
+
+
+def test_what_is_held_is_not_read_until_the_text_goes_on_or_ends() -> None:
+    turn = Interleaver(rules(run_ahead=9))
+    turn.add_text(9)
+    turn.add_text(9, held=True)
+    assert (turn.ahead, turn.wants_speech, turn.needs_text) == (1, False, True)
+    turn.add_text(9)
+    assert turn.ahead == 3
+    turn.add_text(TEXT_END, held=True)
+    assert turn.ahead == 4
+
+
+def test_a_cut_before_the_first_word_is_silent() -> None:
+    turn = Interleaver(rules())
+    turn.add_text(9, held=True)
+    turn.cut()
+    assert turn.silent and turn.speech_finish == "stop" and not turn.done
+    turn.add_text(9)
+    assert (turn.ahead, turn.needs_text) == (0, True)
+    turn.add_text(TEXT_END)
+    assert turn.done
+
+
+def test_after_a_cut_the_words_are_spoken_until_the_end_id_of_a_last_span() -> None:
+    turn, inputs = played(rules(), 3, 10, [11, 12, 13, 14, 15, 16, 17, 18, 19, SPEECH_END])
+    assert turn.spoken_end == 3
+    assert [states for _, states in inputs] == [2, 0, 0, 0, 1, 0, 0, 0, 0, 0]
+    assert (turn.speech_finish, turn.text_finish) == ("stop", "stop")
+
+
+def test_a_second_cut_changes_nothing() -> None:
+    turn = Interleaver(rules())
+    turn.add_text(9)
+    turn.cut()
+    turn.add_text(9)
+    turn.cut()
+    assert turn.spoken_end == 1
+
+
+@given(
+    read=st.integers(1, 5),
+    words=st.integers(0, 12),
+    call=st.integers(1, 30),
+    run_ahead=st.integers(0, 30),
+    unit_limit=st.integers(1, 30),
+    units=st.lists(st.sampled_from([11, 12, SPEECH_END]), min_size=400, max_size=400),
+)
+def test_running_ahead_into_a_call_changes_no_unit(
+    read: int, words: int, call: int, run_ahead: int, unit_limit: int, units: list[int]
+) -> None:
+    slow = rules(read=read, unit_limit=unit_limit)
+    fast = rules(read=read, unit_limit=unit_limit, run_ahead=run_ahead)
+    one, inputs = played(slow, words, call, units)
+    other, inputs_ahead = played(fast, words, call, units)
+    assert one.unit_ids == other.unit_ids
+    assert inputs == inputs_ahead
+    assert len(one.unit_ids) <= slow.most_units

@@ -1,14 +1,15 @@
 """What earlier turns have read is not read again, and changes nothing."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from golden_models import Caller, conversations, question, run
+from golden_models import Caller, conversations, golden_models, question, run
 
 from omnispeech.engine.conversations import Conversations
-from omnispeech.engine.events import Audio, Message, Text, TurnRequest
+from omnispeech.engine.events import Audio, Done, Message, Text, TurnRequest
 from omnispeech.engine.prefix_cache import PrefixCache
 from omnispeech.layers.kv_cache import KVCache
 
@@ -25,6 +26,8 @@ def turn(*messages: Message) -> TurnRequest:
 FIRST = Message("user", (Text("Listen: "), sound(0.1)))
 ANSWER = Message("assistant", (Text("I did."),))
 SECOND = Message("user", (sound(0.2, 2.0), Text(" And this?")))
+TOKENIZER = golden_models().language.prompt._full
+THOUGHT = len(TOKENIZER.encode("<think>\n\n</think>\n\n<|im_tts_start|>").ids)
 
 
 def answered(engine: Conversations, request: TurnRequest) -> Caller:
@@ -57,6 +60,37 @@ def test_sound_that_was_heard_is_not_encoded_again(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(encoder, "encode", encode)
     answered(engine, turn(FIRST, ANSWER, SECOND))
     assert heard == [200]  # the second sound: 2 s
+
+
+@pytest.mark.parametrize("mode", [{}, {"speech": False}, {"script": "I was there, and so on."}])
+@pytest.mark.parametrize("heard", ["", "I was", "I was there, \u00e9"])
+def test_a_conversation_goes_on_from_a_reply_that_was_cut(mode: dict[str, Any], heard: str) -> None:
+    """All before the reply is reused; of the reply only what was heard is in the history."""
+    engine = conversations()
+    cut = Caller(engine, dataclasses.replace(turn(FIRST), **mode))
+    while len(cut.ids[0]) < 5:
+        engine.step()
+    cut.session.cancelled = True
+    engine.step()
+    assert engine.idle
+    history = (FIRST, Message("assistant", (Text(heard),)), SECOND)
+    again = answered(engine, turn(*history))
+    assert again.ids == answered(conversations(), turn(*history)).ids
+    done = again.events[-1]
+    assert isinstance(done, Done)
+    assert done.cached_tokens == cut.session.prompt_length - THOUGHT
+
+
+def test_of_a_conversation_only_the_last_reply_and_what_followed_it_is_read() -> None:
+    """The text of the last reply is read again, since its turn began otherwise when it was made:
+    with an empty thought and the start of speech. All before it is not."""
+    engine, history, read = conversations(), [FIRST], 0
+    for question_text in ("And then?", "Why?", "Indeed?"):
+        done = answered(engine, turn(*history)).events[-1]
+        assert isinstance(done, Done)
+        assert done.cached_tokens == read
+        read = done.prompt_tokens - THOUGHT
+        history += [ANSWER, Message("user", (Text(question_text),))]
 
 
 def test_another_sound_of_the_same_length_is_not_taken_for_the_same() -> None:

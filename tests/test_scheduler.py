@@ -70,6 +70,7 @@ def session(created_s: float = 0.0, length: int = 40, *, heard: bool = True) -> 
         text_sampler=Sampler(),
         speech_sampler=Sampler(),
         text_stream=nothing,
+        unit_audio_s=0.08,
         seed=0,
         emit=lambda event: None,
         created_s=created_s,
@@ -280,3 +281,40 @@ def test_a_reply_that_only_has_to_end_gives_its_place_to_whoever_waits() -> None
     one.insert(session())
     block = one.block(0.0, unit_s=0.1)
     assert block is not None and block.session is ended and block.final
+
+
+def calling(*, flushed: bool = False) -> Session:
+    """It has spoken its words, and writes a call; its listener has ten seconds to hear."""
+    one = talking(heard_until_s=10.0)
+    one.interleaver.cut()
+    one.interleaver.speech_finish = "stop"
+    one.flushed = flushed
+    return one
+
+
+def test_a_call_is_written_on_however_much_there_is_to_hear() -> None:
+    needy = talking(heard_until_s=0.1)
+    one = started(caller := calling(), needy)
+    assert caller in [turn.session for turn in one.llm_turns(0.0)]
+    waiting = talking(heard_until_s=10.0)
+    one = started(waiting, talking(heard_until_s=0.1))
+    assert waiting not in [turn.session for turn in one.llm_turns(0.0)]
+
+
+def test_of_a_reply_whose_sound_is_over_no_block_is_decoded() -> None:
+    block = started(calling()).block(0.0, 0.0)
+    assert block is not None and block.final
+    assert started(calling(flushed=True)).block(0.0, 0.0) is None
+
+
+def test_text_alone_makes_no_block_and_shares_no_sound() -> None:
+    silent = session()
+    silent.rules = dataclasses.replace(RULES, speech=False)
+    silent.interleave(silent.rules)
+    silent.interleaver.add_text(9)
+    one = started(silent)
+    assert one.block(0.0, 0.0) is None
+    assert [turn.session for turn in one.llm_turns(0.0)] == [silent]
+    other = talking()
+    one = started(silent, other, calling(flushed=True))
+    assert one._pace(other, 0.0).talkers == 1

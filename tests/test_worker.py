@@ -1,8 +1,10 @@
 """The thread that owns the device, through its asyncio interface."""
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from typing import Any
@@ -14,7 +16,7 @@ from omnispeech.config import DecoderConfig, EngineConfig
 from omnispeech.engine.events import AudioDelta, Done, Event, TextDelta
 from omnispeech.engine.session import Session
 from omnispeech.engine.worker import Worker
-from omnispeech.errors import GenerationError, NotReady, Overloaded, RequestError
+from omnispeech.errors import GenerationError, NotReady, Overloaded, PromptTooLong, RequestError
 
 SMALL = EngineConfig(
     kv_tokens=4096, context_length=4096, max_conversations=2, max_waiting=1, run_ahead=4
@@ -133,6 +135,90 @@ async def test_c1_the_loop_is_free_while_a_prompt_is_made(
     await asyncio.sleep(0.05)
     gate.set()
     assert isinstance((await waiting)[-1], Done)
+
+
+async def test_a_caller_that_leaves_while_its_prompt_is_made_leaves_nothing(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, original = threading.Event(), worker.conversations.open
+    made: list[weakref.ref[Any]] = []
+
+    def slow(*args: Any) -> Session:
+        assert gate.wait(5)
+        session = original(*args)
+        made.append(weakref.ref(session.interleaver))
+        return session
+
+    monkeypatch.setattr(worker.conversations, "open", slow)
+    inserted: list[Session] = []
+    monkeypatch.setattr(worker.conversations, "insert", inserted.append)
+    callers = [asyncio.ensure_future(reply(worker)) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    assert worker.status().waiting == 3
+    for caller in callers:
+        caller.cancel()
+    assert all(
+        isinstance(r, BaseException) for r in await asyncio.gather(*callers, return_exceptions=True)
+    )
+    assert worker.status().waiting == 0
+    gate.set()
+    while len(made) < 3:
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.1)
+    del callers
+    gc.collect()
+    assert inserted == [] and [interleaver() for interleaver in made] == [None] * 3
+
+
+MODES: tuple[dict[str, Any], ...] = ({}, {"speech": False}, {"script": "As I said before."})
+
+
+async def test_a_hundred_turns_that_are_left_leave_everything_as_it_was(worker: Worker) -> None:
+    for mode in MODES:
+        assert isinstance((await reply(worker, **mode))[-1], Done)
+    await until_idle(worker)
+    before = worker.status()
+    for i in range(100):
+        answer = worker.answer(question(**MODES[i % 3]))
+        for _ in range(i % 4):
+            await anext(answer)
+        await answer.aclose()
+        if i % 10 == 0:  # others are left while they wait for a place
+            crowd = [asyncio.ensure_future(reply(worker)) for _ in range(3)]
+            await asyncio.sleep(0.002 * i)
+            for caller in crowd:
+                caller.cancel()
+            await asyncio.gather(*crowd, return_exceptions=True)
+    await until_idle(worker)
+    assert worker.status() == before
+    assert (before.running, before.waiting, before.kv_tokens) == (0, 0, SMALL.kv_tokens)
+    runner = worker.conversations.runner
+    assert before.kv_used == runner.prefixes.kept_tokens > 0
+    assert runner.speech_cache.used_tokens == 0
+
+
+async def until_idle(worker: Worker) -> None:
+    while worker._open or not worker.conversations.idle or not worker._inbox.empty():
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.1)  # whoever was being prepared
+
+
+async def test_the_status_tells_the_memory_of_conversations(worker: Worker) -> None:
+    answer = worker.answer(question(max_new_tokens=300))
+    await anext(answer)
+    status = worker.status()
+    assert status.kv_tokens == SMALL.kv_tokens and status.kv_used >= 300
+    assert status.device_bytes == 0  # counted on a GPU alone
+    await answer.aclose()
+
+
+async def test_a_prompt_that_is_too_long_is_refused_before_anything_is_queued(
+    worker: Worker,
+) -> None:
+    steps = worker.conversations.steps
+    with pytest.raises(PromptTooLong):
+        await reply(worker, text="word " * 5000)
+    assert worker.conversations.steps == steps and worker._inbox.empty()
 
 
 async def test_a_refused_request_gives_its_place_back(worker: Worker) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from omnispeech.calibration.items import Conversation, Turn
+from omnispeech.chat_template import special_token_names, template_text
 from omnispeech.errors import CheckpointError, ConfigError
 from omnispeech.json_file import read_json
-from omnispeech.prompt import special_token_names, template_text
 
 
 class TextTokens:

@@ -22,8 +22,9 @@ from omnispeech.engine.runner import Models, Runner
 from omnispeech.engine.sampling import samplers
 from omnispeech.engine.scheduler import Scheduler, SoundBlock
 from omnispeech.engine.session import Session
+from omnispeech.engine.tool_calls import described, described_call
 from omnispeech.engine.vocoder import open_stream
-from omnispeech.errors import AudioError, RequestError
+from omnispeech.errors import AudioError, PromptTooLong, RequestError
 from omnispeech.prompt import AUDIO, AUDIO_SLOT, PromptMessage
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Conversations:
         flow = models.decoder.flow
         decoder.check_step(flow.config.encoder.block_size)
         frame_s = models.decoder.hift.config.hop / models.decoder.sample_rate_hz
+        self.unit_audio_s = flow.frames(100) * frame_s / 100
         self.scheduler = Scheduler(
             max_running=config.max_conversations,
             prefill_tokens=config.prefill_tokens,
@@ -56,7 +58,7 @@ class Conversations:
                 step=flow.config.encoder.block_size,
                 first=decoder.first_block,
                 most=decoder.max_block,
-                unit_audio_s=flow.frames(100) * frame_s / 100,
+                unit_audio_s=self.unit_audio_s,
                 held_back_s=decoder.overlap_frames * frame_s,
             ),
             decode_cost=self._decode_cost,
@@ -72,12 +74,16 @@ class Conversations:
         """A session for `request`, not yet inserted; its prompt and features are ready.
 
         created_s: when the request came, by time.perf_counter; None: now.
-        Raises RequestError if the request can not be answered. Safe from any thread.
+        Raises RequestError if the request can not be answered, PromptTooLong if a shorter one
+        could be. Safe from any thread.
         """
         created_s = time.perf_counter() if created_s is None else created_s
         models = self.models
         audios = [p.samples for m in request.messages for p in m.content if isinstance(p, Audio)]
-        prompt = models.prompt.build([_prompt_message(m) for m in request.messages])
+        prompt = models.prompt.build(
+            [_prompt_message(m) for m in request.messages], [described(t) for t in request.tools]
+        )
+        script = models.prompt.reply_ids(request.script) if request.script is not None else []
         valid = [models.front_end.valid_frames(len(samples)) for samples in audios]
         lengths = [self._vectors(*pair) for pair in zip(audios, valid, strict=True)]
         key = position_keys(prompt, audios, lengths)
@@ -87,7 +93,7 @@ class Conversations:
         )
         return Session(
             request=request,
-            rules=self._rules(request, len(key)),
+            rules=self._rules(request, len(key), script),
             prompt=prompt,
             features=self._features(audios),
             valid_frames=valid,
@@ -96,6 +102,8 @@ class Conversations:
             text_sampler=text_sampler,
             speech_sampler=speech_sampler,
             text_stream=models.prompt.text_stream(),
+            script=script,
+            unit_audio_s=self.unit_audio_s,
             seed=seed,
             emit=emit,
             created_s=created_s,
@@ -104,8 +112,12 @@ class Conversations:
     def _enter(self, session: Session) -> bool:
         if not self.runner.enter(session):
             return False
+        session.queue_s = session.elapsed_s
         try:
-            session.vocoder = open_stream(self.speech_decoder, self.decoder_config, session.seed)
+            if session.rules.speech:
+                session.vocoder = open_stream(
+                    self.speech_decoder, self.decoder_config, session.seed
+                )
         except Exception:
             self.runner.leave(session)
             raise
@@ -126,31 +138,43 @@ class Conversations:
             )
         return count
 
-    def _rules(self, request: TurnRequest, prompt_length: int) -> Rules:
-        room = self.config.context_length - prompt_length
-        if room < 1:
-            raise RequestError(
-                f"the prompt has {prompt_length} positions, the context has "
-                f"{self.config.context_length}; send a shorter conversation, or start the server "
-                "with a larger context_length"
-            )
+    def _rules(self, request: TurnRequest, prompt_length: int, script: Sequence[int]) -> Rules:
         span = self.models.lm.config
         rules = Rules(
             read=span.text_span,
             write=span.unit_span,
-            text_limit=min(request.max_new_tokens, self.config.max_new_tokens, room),
+            text_limit=self._text_limit(request, prompt_length, script),
             unit_limit=self.models.unit_limit,
-            text_end=self.models.text_end,
+            text_end=frozenset(script[-1:]) or self.models.text_end,
             speech_end=self.models.speech_end,
             run_ahead=0 if self.config.compatible else self.config.run_ahead,
+            speech=request.speech,
             compatible=self.config.compatible,
         )
-        if (needed := 1 + rules.text_limit + rules.most_units) > self.config.kv_tokens:
+        if (needed := rules.speech_positions) > self.config.kv_tokens:
             raise RequestError(
                 f"the reply may need {needed} speech positions, the server has "
                 f"{self.config.kv_tokens}; ask for fewer max_new_tokens"
             )
         return rules
+
+    def _text_limit(self, request: TurnRequest, prompt_length: int, script: Sequence[int]) -> int:
+        limit = self.config.max_new_tokens
+        if len(script) > limit:
+            raise RequestError(
+                f"the text to be spoken has {len(script)} tokens, its end included; send at most "
+                f"{limit} at once, or start the server with larger max_new_tokens"
+            )
+        room = self.config.context_length - prompt_length
+        if room < max(1, len(script)):
+            raise PromptTooLong(
+                f"the prompt has {prompt_length} positions, the context has "
+                f"{self.config.context_length}; send a shorter conversation, or start the server "
+                "with a larger context_length",
+                positions=prompt_length,
+                room=self.config.context_length - max(1, len(script)),
+            )
+        return len(script) or min(request.max_new_tokens, limit, room)
 
     @property
     def idle(self) -> bool:
@@ -244,4 +268,5 @@ def position_keys(
 
 def _prompt_message(message: Message) -> PromptMessage:
     parts = (part.text if isinstance(part, Text) else AUDIO for part in message.content)
-    return PromptMessage(message.role, tuple(parts))
+    calls = tuple(map(described_call, message.tool_calls))
+    return PromptMessage(message.role, tuple(parts), calls)

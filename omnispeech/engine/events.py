@@ -62,6 +62,10 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in (*ROLES, TOOL):
             raise RequestError(f"unknown role {self.role!r}; known: {', '.join(ROLES)}")
+        if self.tool_calls and self.role != "assistant":
+            raise RequestError(
+                f"a message of the {self.role} calls functions; only the assistant does"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +74,9 @@ class TurnRequest:
 
     messages: tuple[Message, ...]
     speech: bool = True  # False: text alone
-    script: str | None = None  # the reply is this text, spoken; None: the model's own words
+    script: str | None = None  # the reply is this text, whole; None: the model's own words
     tools: tuple[Tool, ...] = ()
-    max_new_tokens: int = 256
+    max_new_tokens: int = 256  # of the model's own words
     temperature: float = 1.0
     top_p: float = 1.0
     speech_temperature: float = 1.0
@@ -81,6 +85,8 @@ class TurnRequest:
     def __post_init__(self) -> None:
         if not self.messages:
             raise RequestError("messages is empty; send at least one message of the user")
+        if self.script is not None and not self.script.strip():
+            raise RequestError("the text to be spoken is empty; send some words")
         if self.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens={self.max_new_tokens}; send 1 or more")
         if not 0.0 <= self.temperature <= 10.0:

@@ -3,6 +3,9 @@
 Plain Python: the runner asks what to compute and tells which ids were chosen. The LLM writes text
 tokens, each with a state; the speech LM reads the next R states and writes W units, reads the
 next R, and so on. After the last state it writes units until its end id or its limit.
+
+A reply in text alone and one that goes over to calling functions are one rule: the state from which
+on nothing is spoken (`spoken_end`).
 """
 
 from dataclasses import dataclass
@@ -28,6 +31,7 @@ class Rules:
     text_end: frozenset[int]
     speech_end: frozenset[int]
     run_ahead: int = 0  # states the LLM may be ahead of the speech LM
+    speech: bool = True  # False: text alone
     compatible: bool = False
 
     @property
@@ -36,6 +40,11 @@ class Rules:
         if self.compatible:
             return self.unit_limit
         return -(-self.text_limit // self.read) * self.write + self.unit_limit
+
+    @property
+    def speech_positions(self) -> int:
+        """What the speech LM may have to read: the speaker, states, units."""
+        return 1 + self.text_limit + self.most_units if self.speech else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +63,34 @@ class Interleaver:
         self.unit_ids: list[int] = []  # ids of the speech vocabulary, end ids included
         self.text_finish: Finish | None = None
         self.speech_finish: Finish | None = None
+        self.spoken_end: int | None = None  # states that are spoken; None: all
+        self._settled = 0  # states of which it is known that they are spoken
         self._states_read = 0
         self._span_left = 0  # units still to be written before more states are read
+        self._last_span = False  # the one that goes on until the end
+        if not rules.speech:
+            self.cut()
 
     @property
     def done(self) -> bool:
         return self.text_finish is not None and self.speech_finish is not None
 
     @property
+    def silent(self) -> bool:
+        """Not a word of it is spoken."""
+        return self.spoken_end == 0
+
+    @property
     def ahead(self) -> int:
-        """States that the speech LM has not read yet."""
-        return len(self.text_ids) - self._states_read
+        """States that the speech LM may read and has not read yet."""
+        return self._settled - self._states_read
 
     @property
     def needs_text(self) -> bool:
-        """The speech waits for the LLM."""
-        return self.text_finish is None and not self._span_left and self.ahead < self.rules.read
+        """The speech waits for the LLM, or the caller does, where nothing is spoken any more."""
+        if self.text_finish is not None:
+            return False
+        return self.spoken_end is not None or (not self._span_left and self.ahead < self.rules.read)
 
     @property
     def wants_text(self) -> bool:
@@ -81,28 +102,37 @@ class Interleaver:
     def wants_speech(self) -> bool:
         if self.speech_finish is not None:
             return False
-        if self._span_left:
+        if self._span_left or self.text_finish is not None or self.spoken_end is not None:
             return True
-        return self.ahead >= self.rules.read or (self.text_finish is not None and self.ahead > 0)
+        return self.ahead >= self.rules.read
 
     @property
     def choice(self) -> Choice:
         """Which ids the speech LM may choose next."""
         if self.rules.compatible:
             return "vocabulary"
-        return "units_or_end" if self._all_read else "units"
+        return "units_or_end" if self._last_span else "units"
 
-    @property
-    def _all_read(self) -> bool:
-        return self.text_finish is not None and self.ahead == 0
+    def add_text(self, token: int, *, held: bool = False) -> None:
+        """The LLM chose `token`; the state it was chosen from joins the queue.
 
-    def add_text(self, token: int) -> None:
-        """The LLM chose `token`; the state it was chosen from joins the queue."""
+        held: the queue waits until it is known whether this is spoken, at the latest until the
+        text ends.
+        """
         self.text_ids.append(token)
         if token in self.rules.text_end:
             self.text_finish = "stop"
         elif len(self.text_ids) >= self.rules.text_limit:
             self.text_finish = "length"
+        if self.spoken_end is None and (not held or self.text_finish is not None):
+            self._settled = len(self.text_ids)
+
+    def cut(self) -> None:
+        """What was held is not spoken, nor is all that follows."""
+        if self.spoken_end is None:
+            self.spoken_end = self._settled
+            if self.silent:
+                self.speech_finish = "stop"
 
     def next_input(self) -> SpeechInput | None:
         """What to feed; None if the reply ends here because no unit may be written any more."""
@@ -111,17 +141,25 @@ class Interleaver:
             return SpeechInput(lead, range(0))
         start = self._states_read
         self._states_read += min(self.rules.read, self.ahead)
+        self._last_span = self._nothing_follows(start)
         self._span_left = self._quota()
         if self._span_left < 1:
             self._stop()
             return None
         return SpeechInput(lead, range(start, self._states_read))
 
+    def _nothing_follows(self, start: int) -> bool:
+        """After a cut the last span is one that reads no state: when the LLM wrote what is not
+        spoken, soon or late, then changes no unit."""
+        if self.spoken_end is not None:
+            return start == self._states_read
+        return self.text_finish is not None and self.ahead == 0
+
     def _quota(self) -> int:
         if not self.rules.compatible:
-            return self.rules.unit_limit if self._all_read else self.rules.write
+            return self.rules.unit_limit if self._last_span else self.rules.write
         left = self.rules.unit_limit - len(self.unit_ids)
-        return left if self._all_read else min(self.rules.write, left)
+        return left if self._last_span else min(self.rules.write, left)
 
     def _stop(self) -> None:
         """The unit limit is used up before the text has ended: only compatible rules get here."""
@@ -133,7 +171,7 @@ class Interleaver:
         self._span_left -= 1
         if chosen in self.rules.speech_end:
             self._span_left = 0
-            if self._all_read:
+            if self._last_span:
                 self.speech_finish = "stop"
-        elif not self._span_left and self._all_read:
+        elif not self._span_left and self._last_span:
             self.speech_finish = "length"

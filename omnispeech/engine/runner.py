@@ -58,19 +58,32 @@ class Runner:
         with torch.inference_mode():
             self._speaker = models.lm.tts_lm_model.speaker()[None]  # [1, D]
 
+    @property
+    def device_bytes(self) -> int:
+        """Memory that torch holds tensors in; 0 where there is no counting it."""
+        device = self.llm_cache.keys.device
+        return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
     @torch.inference_mode()
     def enter(self, session: Session) -> bool:
         """Takes the memory a reply can ever need; False if it must wait."""
         rules = session.rules
-        speech = self.speech_cache.allocate(1 + rules.text_limit + rules.most_units)
-        if speech is None:
+        if rules.speech:
+            speech = self.speech_cache.allocate(rules.speech_positions)
+            if speech is None:
+                return False
+            session.speech_row = speech
+        session.llm_row = self.prefixes.take(session.key, session.prompt_length + rules.text_limit)
+        if session.llm_row is None:
+            self._release_speech(session)
             return False
-        llm = self.prefixes.take(session.key, session.prompt_length + rules.text_limit)
-        if llm is None:
-            self.speech_cache.release(speech)
-            return False
-        session.llm_row, session.speech_row, session.reused = llm, speech, llm.length
+        session.reused = session.llm_row.length
         return True
+
+    def _release_speech(self, session: Session) -> None:
+        if session.speech_row is not None:
+            self.speech_cache.release(session.speech_row)
+            session.speech_row = None
 
     def leave(self, session: Session) -> None:
         """What a healthy reply has read stays for the next turn."""
@@ -79,8 +92,8 @@ class Runner:
             self.llm_cache.release(row)
         else:
             self.prefixes.keep([*session.key, *session.interleaver.text_ids], row)
-        self.speech_cache.release(_row(session.speech_row))
-        session.llm_row = session.speech_row = session.prompt_vectors = None
+        self._release_speech(session)
+        session.llm_row = session.prompt_vectors = None
         session.conditions.clear()
 
     @torch.inference_mode()
@@ -120,12 +133,16 @@ class Runner:
             with session.own_errors():
                 self._write_token(session, token, condition)
 
-    def _choose_text(self, states: Tensor, sessions: Sequence[Session]) -> list[tuple[int, Tensor]]:
+    def _choose_text(
+        self, states: Tensor, sessions: Sequence[Session]
+    ) -> list[tuple[int, Tensor | None]]:
         """[B, D] -> a token per row, and what its state tells the speech LM: [D']"""
         if not sessions:
             return []
         lm = self.models.lm
         ids = choose(lm.llm_model.lm_head(states), [s.text_sampler for s in sessions])
+        if all(s.interleaver.spoken_end is not None for s in sessions):
+            return [(token, None) for token in ids]
         return list(zip(ids, lm.speech_condition(states), strict=True))
 
     def _llm_vectors(self, turns: Sequence[LLMTurn]) -> Tensor:
@@ -141,15 +158,15 @@ class Runner:
             ]
         )
 
-    def _write_token(self, session: Session, token: int, condition: Tensor) -> None:
+    def _write_token(self, session: Session, token: int, condition: Tensor | None) -> None:
         if token == NOT_FINITE:
             raise GenerationError("the language model gave numbers that are not finite")
         session.prompt_vectors = None  # read, and of no more use
-        session.conditions.append(condition)
-        session.interleaver.add_text(token)
-        session.send_text(session.text_stream.push([token]))
-        if session.interleaver.text_finish is not None:
-            session.send_text(session.text_stream.finish())
+        if condition is not None and session.interleaver.spoken_end is None:
+            session.conditions.append(condition)
+        session.write(
+            session.script[len(session.interleaver.text_ids)] if session.script else token
+        )
 
     @torch.inference_mode()
     def run_speech(self, sessions: Sequence[Session]) -> None:
@@ -211,9 +228,8 @@ class Runner:
         seconds = len(samples) / session.vocoder.decoder.sample_rate_hz
         session.send_audio(pcm16_from_samples(samples.numpy()), seconds)
         if block.final:
-            session.send_text(session.text_stream.finish())
             session.flushed = True
-            session.send_done()
+            session.finish()
 
 
 class UnitHead:

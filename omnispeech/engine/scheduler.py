@@ -127,6 +127,8 @@ class Scheduler:
         return pieces
 
     def _block(self, session: Session, now_s: float, unit_s: float) -> SoundBlock | None:
+        if session.sound_over:
+            return None
         pending = len(session.pending_units)
         ended = session.interleaver.speech_finish is not None
         if self._fixed_block or session.request.seed is not None:
@@ -144,7 +146,7 @@ class Scheduler:
     def _pace(self, session: Session, unit_s: float) -> Pace:
         return Pace(
             unit_s=unit_s,
-            talkers=sum(not s.over for s in self.running),
+            talkers=sum(not (s.over or s.sound_over) for s in self.running),
             context=session.vocoder.context,
             cost=self._decode_cost,
         )
@@ -157,8 +159,10 @@ def _deadline(session: Session, now_s: float) -> tuple[int, float]:
 
 
 def _comfortable(session: Session, now_s: float) -> bool:
+    """Text that will not be spoken is waited for, however much sound there is."""
     ahead = session.playback.ahead_s(now_s)
-    return ahead is not None and ahead > COMFORT_S
+    spoken = session.interleaver.spoken_end is None
+    return spoken and ahead is not None and ahead > COMFORT_S
 
 
 def _text_rows(sessions: Sequence[Session]) -> list[Session]:

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from omnispeech.engine.events import AudioDelta, Done, Event, TextDelta, TurnRequest
+from omnispeech.engine.events import AudioDelta, Done, Event, TextDelta, ToolCall, TurnRequest
 from omnispeech.engine.interleave import Interleaver, Rules, SpeechInput
 from omnispeech.engine.playback import Playback
+from omnispeech.engine.reply_text import ReplyText
 from omnispeech.engine.sampling import Sampler
 
 if TYPE_CHECKING:  # tensors are the runner's; decisions need none
@@ -36,16 +37,19 @@ class Session:
     text_sampler: Sampler
     speech_sampler: Sampler
     text_stream: "TextStream"
+    script: Sequence[int] = ()  # text ids of the reply, in place of what the LLM chooses
+    unit_audio_s: float  # seconds of sound per unit
     seed: int
     emit: Callable[[Event | Exception], None]
     interleaver: Interleaver = field(init=False)
+    text: ReplyText = field(init=False)
     playback: Playback = field(default_factory=Playback)
     created_s: float  # when the request came, by time.perf_counter
 
     # on the device, from admission to the end
-    vocoder: "VocoderStream" = field(init=False)
+    vocoder: "VocoderStream" = field(init=False, repr=False)  # none where nothing is spoken
     llm_row: "Row | None" = None
-    speech_row: "Row | None" = None
+    speech_row: "Row | None" = None  # none where nothing is spoken
     reused: int = 0  # prompt positions that an earlier conversation has read
     frames: list["Tensor"] = field(default_factory=list)  # [T, D] of each audio, encoded
     prompt_vectors: "Tensor | None" = None  # [L, D] of the others, from the encoder on
@@ -57,15 +61,31 @@ class Session:
 
     cancelled: bool = False
     failed: bool = False
+    queue_s: float = 0.0
     first_text_s: float = 0.0
     first_audio_s: float = 0.0
 
     def __post_init__(self) -> None:
-        self.interleaver = Interleaver(self.rules)
+        self.interleave(self.rules)
+
+    def interleave(self, rules: Rules) -> None:
+        """From the beginning, by `rules`."""
+        self.interleaver = Interleaver(rules)
+        calls = bool(self.request.tools) and not self.script
+        self.text = ReplyText(self.text_stream, self.interleaver, self.unit_audio_s, calls=calls)
 
     @property
     def over(self) -> bool:
-        return self.cancelled or self.failed or (self.interleaver.done and self.flushed)
+        return self.cancelled or self.failed or self.whole
+
+    @property
+    def whole(self) -> bool:
+        return self.interleaver.done and self.sound_over
+
+    @property
+    def sound_over(self) -> bool:
+        """There is no block of sound to come."""
+        return self.flushed or self.interleaver.silent
 
     @property
     def prompt_length(self) -> int:
@@ -90,10 +110,23 @@ class Session:
     def elapsed_s(self) -> float:
         return time.perf_counter() - self.created_s
 
-    def send_text(self, text: str) -> None:
-        if text:
-            self.first_text_s = self.first_text_s or self.elapsed_s
-            self.emit(TextDelta(text))
+    def write(self, token: int) -> None:
+        """The LLM chose `token`."""
+        self._send(self.text.push(token))
+        self.finish()
+
+    def finish(self) -> None:
+        """What is left to send once the text has ended, and once the sound has too."""
+        if self.interleaver.text_finish is not None:
+            self._send(self.text.finish())
+        if self.whole:
+            self._send_done()
+
+    def _send(self, events: Sequence[TextDelta | ToolCall]) -> None:
+        for event in events:
+            if isinstance(event, TextDelta):
+                self.first_text_s = self.first_text_s or self.elapsed_s
+            self.emit(event)
 
     def send_audio(self, pcm: bytes, seconds: float) -> None:
         if pcm:
@@ -101,7 +134,7 @@ class Session:
             self.playback.sent(seconds, time.perf_counter())
             self.emit(AudioDelta(pcm))
 
-    def send_done(self) -> None:
+    def _send_done(self) -> None:
         text, speech = self.interleaver.text_finish, self.interleaver.speech_finish
         assert text is not None and speech is not None
         self.emit(
@@ -110,12 +143,15 @@ class Session:
                 speech_finish=speech,
                 prompt_tokens=self.prompt_length,
                 text_tokens=len(self.interleaver.text_ids),
-                units=self.vocoder.units,
+                units=self.vocoder.units if self.rules.speech else 0,
                 seed=self.seed,
                 first_text_s=self.first_text_s,
                 first_audio_s=self.first_audio_s,
                 total_s=self.elapsed_s,
                 audio_s=self.playback.sent_s,
+                audio_tokens=sum(self.audio_lengths),
+                cached_tokens=self.reused,
+                queue_s=self.queue_s,
             )
         )
 

@@ -26,7 +26,6 @@ from omnispeech.engine.events import (
     Message,
     TurnRequest,
 )
-from omnispeech.engine.interleave import Interleaver
 from omnispeech.engine.runner import Models
 from omnispeech.engine.session import Session
 from omnispeech.errors import GenerationError, NotReady, OmniSpeechError, Overloaded
@@ -93,7 +92,8 @@ class Worker:
         return self.conversations.speech_decoder.sample_rate_hz
 
     def status(self) -> EngineStatus:
-        running = len(self._conversations.scheduler.running) if self._conversations else 0
+        conversations = self._conversations
+        running = len(conversations.scheduler.running) if conversations else 0
         return EngineStatus(
             ready=self._ready,
             running=running,
@@ -102,6 +102,9 @@ class Worker:
             max_waiting=self.config.max_waiting,
             failure=self._failure,
             phases=self._phases.done(),
+            kv_tokens=self.config.kv_tokens,
+            kv_used=conversations.runner.llm_cache.used_tokens if conversations else 0,
+            device_bytes=conversations.runner.device_bytes if conversations else 0,
         )
 
     async def answer(self, request: TurnRequest) -> AsyncGenerator[Event, None]:
@@ -215,7 +218,7 @@ def _first_blocks(conversations: Conversations) -> bool:
     events: list[Event | Exception] = []
     session = conversations.open(WARM_UP, events.append)
     rules = replace(session.rules, text_end=frozenset(), speech_end=frozenset())
-    session.interleaver = Interleaver(rules)
+    session.interleave(rules)
     conversations.insert(session)
     blocks: list[AudioDelta] = []
     while not conversations.idle:

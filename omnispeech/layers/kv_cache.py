@@ -69,6 +69,10 @@ class KVCache:
     def free_tokens(self) -> int:
         return sum(length for _, length in self._holes)
 
+    @property
+    def used_tokens(self) -> int:
+        return self.tokens - self.free_tokens
+
     def allocate(self, capacity: int) -> Row | None:
         """The first hole that is long enough; None if there is none."""
         for i, (start, length) in enumerate(self._holes):

@@ -130,6 +130,7 @@ def generate(
         text_sampler=Sampler(temperature=0.0),
         speech_sampler=Sampler(temperature=0.0),
         text_stream=models.prompt.text_stream(),
+        unit_audio_s=0.0,
         seed=0,
         emit=_raise_errors,
         created_s=0.0,

@@ -63,9 +63,28 @@ QWEN_WORDS = "|".join(
     )
 )
 
+# As Qwen3 marks functions, calls and results; without them nothing but the messages.
 CHAT_TEMPLATE = """\
 {%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- set result = message.role == 'tool' %}
+    {{- '<|im_start|>' + ('user' if result else message.role) + '\\n' }}
+    {{- '<tool_response>\\n' if result }}
+    {{- message.content }}
+    {{- '\\n</tool_response>' if result }}
+    {%- if tools and loop.first %}
+        {{- '\\n\\nYou may call these functions:\\n<tools>' }}
+        {%- for tool in tools %}
+            {{- '\\n' + (tool | tojson) }}
+        {%- endfor %}
+        {{- '\\n</tools>\\n\\nTo call one, write its name and arguments as JSON:\\n' }}
+        {{- '<tool_call>\\n{"name": NAME, "arguments": ARGUMENTS}\\n</tool_call>' }}
+    {%- endif %}
+    {%- for call in message.tool_calls or () %}
+        {{- '\\n' if message.content or not loop.first }}
+        {{- '<tool_call>\\n{"name": ' + (call.function.name | tojson) }}
+        {{- ', "arguments": ' + (call.function.arguments | tojson) + '}\\n</tool_call>' }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
