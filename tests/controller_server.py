@@ -4,7 +4,8 @@ servers on loopback, each in a thread."""
 import json
 import random
 import threading
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +16,8 @@ from fake_engine import FakeEngine
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-from omnispeech.config import ServerConfig
-from omnispeech.server.app import create_app
+from omnispeech.config import ServerConfig, TalkConfig
+from omnispeech.server.app import DEFAULT_TALK, create_app
 from omnispeech.server.door import listen
 from omnispeech.server.http import HTTPServer
 
@@ -124,6 +125,13 @@ class Controller:
         return app
 
 
+def until(true: Callable[[], object], within_s: float = 10.0) -> None:
+    end_s = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+
+
 def run_in_thread(server: uvicorn.Server, **where: Any) -> threading.Thread:
     thread = threading.Thread(target=server.run, kwargs=where, daemon=True)
     thread.start()
@@ -160,10 +168,12 @@ class Worker:
 
 
 @contextmanager
-def worker_on_loopback(engine: FakeEngine, **settings: Any) -> Iterator[Worker]:
+def worker_on_loopback(
+    engine: FakeEngine, talk: TalkConfig = DEFAULT_TALK, **settings: Any
+) -> Iterator[Worker]:
     door = listen(ServerConfig(port=0))
     config = ServerConfig(port=door.getsockname()[1], **settings)
-    http = HTTPServer(create_app(engine, config), config)
+    http = HTTPServer(create_app(engine, config, talk), config, talk)
     http.config.log_level = "critical"
     worker = Worker(http, run_in_thread(http, sockets=[door]), config.address)
     try:

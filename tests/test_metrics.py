@@ -6,14 +6,17 @@ from typing import Any, get_args
 
 import httpx
 import pytest
-from fake_engine import DONE, FakeEngine, app_with, call, serving, sound_file, tone
+from controller_server import until
+from fake_engine import DONE, RATE_HZ, FakeEngine, app_with, call, serving, sound_file, tone
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
+from websockets.sync.client import connect
 
 from omnispeech.engine.events import EngineStatus, TextDelta
 from omnispeech.errors import GenerationError, Overloaded, RequestError
 from omnispeech.phases import Phase
-from omnispeech.server.admission import Outcome
+from omnispeech.server.metrics import TalkFigures
+from omnispeech.server.reply_record import Outcome
 
 WAV = sound_file(tone(0.2))
 PHASES = {"read weights": Phase(12.5, 11_400_000_000), "warm up": Phase(0.75)}
@@ -85,9 +88,76 @@ async def test_a_whole_reply_is_counted_and_timed() -> None:
     metrics = Metrics(FakeEngine())
     await metrics.ask("POST", "/v1/speech", content=WAV)
     assert await metrics.ended() == {("length",): 1}
-    assert await metrics.value("omnispeech_time_to_first_audio_seconds_sum") == DONE.first_audio_s
+    for name in ("time_to_first_text", "time_to_first_audio", "leading_silence", "underrun"):
+        assert await metrics.value(f"omnispeech_{name}_seconds_count") == 1
     assert await metrics.value("omnispeech_real_time_factor_sum") == DONE.total_s / DONE.audio_s
-    assert await metrics.value("omnispeech_audio_seconds_total") == DONE.audio_s
+    handed_over_s = pytest.approx(800 / RATE_HZ)  # 500 samples and 300
+    assert await metrics.value("omnispeech_audio_seconds_total") == handed_over_s
+
+
+async def test_tokens_and_the_queue_are_counted() -> None:
+    done = replace(DONE, prompt_tokens=40, cached_tokens=30, text_tokens=9, units=50, queue_s=1.5)
+    metrics = Metrics(FakeEngine(TextDelta("a"), done))
+    await metrics.ask("POST", "/v1/speech", content=WAV)
+    names = ("prompt_tokens", "cached_prompt_tokens", "text_tokens", "speech_units")
+    counted = [await metrics.value(f"omnispeech_{name}_total") for name in names]
+    assert counted == [40, 30, 9, 50]
+    assert await metrics.value("omnispeech_queue_seconds_sum") == 1.5
+
+
+async def test_the_memory_of_the_engine_is_told() -> None:
+    status = EngineStatus(ready=True, kv_tokens=16384, kv_used=300, device_bytes=7_000_000_000)
+    metrics = Metrics(FakeEngine(status=status))
+    positions = await metrics.values("omnispeech_kv_positions")
+    assert positions == {("used",): 300, ("limit",): 16384}
+    assert await metrics.value("omnispeech_device_memory_bytes") == 7e9
+
+
+async def test_requests_are_counted_by_route_and_status() -> None:
+    metrics = Metrics(FakeEngine())
+    await metrics.ask("POST", "/v1/speech", content=WAV)
+    await metrics.ask("POST", "/v1/speech", content=b"no sound")
+    for turn_id in ("one", "other"):
+        await metrics.ask("GET", f"/v1/speech/{turn_id}")
+    await metrics.ask("GET", "/wp-login.php")
+    assert await metrics.values("omnispeech_requests_total") == {
+        ("/v1/speech", "200"): 1,
+        ("/v1/speech", "400"): 1,
+        ("/v1/speech/{turn_id}", "404"): 2,
+        ("none", "404"): 1,
+    }
+
+
+def test_websockets_are_counted_by_how_they_ended() -> None:
+    with serving(FakeEngine()) as url:
+        with connect(url.replace("http", "ws") + "/ws/stream"):
+            pass
+        line = 'omnispeech_requests_total{route="/ws/stream",status="left"} 1.0'
+        until(lambda: line in httpx.get(f"{url}/metrics").text.splitlines())
+
+
+async def test_talks_are_counted_as_they_come_park_and_go() -> None:
+    metrics = Metrics(FakeEngine())
+    talks: TalkFigures = metrics.app.state.watch.talks
+    for _ in range(3):
+        talks.talk_opened()
+    talks.talk_parked()
+    talks.talk_parked()
+    assert await metrics.values("omnispeech_talks") == {("connected",): 1, ("parked",): 2}
+    talks.talk_resumed()
+    talks.talk_closed("left")
+    talks.talk_closed("lost", parked=True)
+    assert await metrics.values("omnispeech_talks") == {("connected",): 1, ("parked",): 0}
+    closed = await metrics.values("omnispeech_talks_closed_total")
+    assert {reason: n for reason, n in closed.items() if n} == {("left",): 1, ("lost",): 1}
+
+
+async def test_interruptions_are_counted_and_timed() -> None:
+    metrics = Metrics(FakeEngine())
+    metrics.app.state.watch.talks.barge_in()
+    metrics.app.state.watch.talks.stop_latency(0.02)
+    assert await metrics.value("omnispeech_barge_ins_total") == 1
+    assert await metrics.value("omnispeech_stop_latency_seconds_sum") == 0.02
 
 
 async def test_every_outcome_is_told_before_it_happens() -> None:

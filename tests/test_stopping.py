@@ -1,21 +1,21 @@
 """What a stop signal does to a server: the door, the replies under way, the exit status."""
 
+import asyncio
 import json
 import re
 import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from controller_server import Worker, worker_on_loopback
-from fake_engine import DONE, FakeEngine, sound_file, tone
+from controller_server import Worker, until, worker_on_loopback
+from fake_engine import DONE, FakeEngine, sound, sound_file, tone
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
@@ -25,13 +25,6 @@ TESTS = Path(__file__).parent
 PATH = "/worker_generate_stream"
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 WAV = sound_file(tone(0.2))
-
-
-def until(true: Callable[[], object], within_s: float = 10.0) -> None:
-    end_s = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
 
 
 @contextmanager
@@ -127,13 +120,91 @@ def test_an_idle_server_ends_at_once(worker: Worker) -> None:
         assert worker.ended(within_s=5)
 
 
-def test_a_reply_over_the_limit_is_cut(gate: threading.Event) -> None:
+def test_a_reply_over_the_limit_is_cut_and_its_caller_told(gate: threading.Event) -> None:
     engine = FakeEngine(TextDelta("Hel"), gate, DONE)
     with worker_on_loopback(engine, drain_s=0.5) as worker, replying(worker) as pieces:
+        last = json.loads(b"".join(pieces).removesuffix(b"\0"))
+        assert (last["finalize"], last["error_code"]) == (True, 1)
+        assert last["reason"].startswith("the server stops, and had no time left")
         assert worker.ended(within_s=5)
+        assert engine.cancelled.is_set()
+
+
+def test_a_cut_reply_of_events_ends_with_the_error(gate: threading.Event) -> None:
+    engine = FakeEngine(TextDelta("Hel"), gate, DONE)
+    with (
+        worker_on_loopback(engine, drain_s=0.2) as worker,
+        httpx.stream("POST", f"{worker.url}/v1/speech?format=events", content=WAV) as response,
+    ):
+        lines = response.iter_lines()
+        assert next(lines) == "event: text"
+        worker.http.handle_exit(signal.SIGTERM, None)
+        name, data = list(lines)[-3:-1]
+    assert name == "event: error"
+    assert json.loads(data.removeprefix("data: "))["type"] == "Stopped"
+
+
+def test_a_cut_reply_of_sound_breaks_the_connection(gate: threading.Event) -> None:
+    """What is no sound of the reply is never sent as if it were."""
+    with (
+        worker_on_loopback(FakeEngine(sound(500), gate, DONE), drain_s=0.2) as worker,
+        httpx.stream("POST", f"{worker.url}/v1/speech?format=pcm", content=WAV) as response,
+    ):
+        pieces = response.iter_raw()
+        next(pieces)
+        worker.http.handle_exit(signal.SIGTERM, None)
         with pytest.raises(httpx.RemoteProtocolError):
             next(pieces)
-        assert engine.cancelled.is_set()
+
+
+def test_a_cut_answer_is_told_in_its_connection_before_it_closes(gate: threading.Event) -> None:
+    engine = FakeEngine(TextDelta("Hel"), gate, DONE)
+    with (
+        worker_on_loopback(engine, drain_s=0.2) as worker,
+        connect(worker.url.replace("http", "ws") + "/ws/stream?events=1") as socket,
+    ):
+        ask(socket)
+        assert json.loads(socket.recv())["text"] == "Hel"
+        worker.http.handle_exit(signal.SIGTERM, None)
+        told = json.loads(socket.recv())
+        assert (told["type"], told["error"]) == ("error", "Stopped")
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.recv()
+        assert closed.value.rcvd is not None and closed.value.rcvd.code == 1012
+
+
+def test_a_request_in_the_queue_is_refused_when_the_time_is_over(gate: threading.Event) -> None:
+    """Nothing was sent for it yet: it gets a status."""
+    engine = FakeEngine(gate, DONE)
+    with worker_on_loopback(engine, drain_s=0.5) as worker:
+        answers: list[httpx.Response] = []
+
+        def speak() -> None:
+            answers.append(httpx.post(f"{worker.url}/v1/speech", content=WAV, timeout=10))
+
+        caller = threading.Thread(target=speak)
+        caller.start()
+        until(lambda: engine.requests)
+        worker.http.handle_exit(signal.SIGTERM, None)
+        caller.join(10)
+    assert (answers[0].status_code, answers[0].headers["retry-after"]) == (503, "5")
+
+
+@pytest.mark.parametrize("stays_s", [0.3, 600.0])
+def test_talks_are_told_and_waited_for_no_longer_than_replies(stays_s: float) -> None:
+    told, left = threading.Event(), threading.Event()
+
+    async def farewell() -> None:
+        told.set()
+        await asyncio.sleep(stays_s)
+        left.set()
+
+    with worker_on_loopback(FakeEngine(), drain_s=0.5) as worker:
+        worker.http._admission.on_stop(farewell)
+        worker.http.handle_exit(signal.SIGTERM, None)
+        assert worker.ended(within_s=8)
+    assert told.is_set()
+    assert left.is_set() == (stays_s < 1)
 
 
 def test_the_second_signal_ends_at_once(worker: Worker) -> None:
@@ -149,6 +220,7 @@ import sys, threading, time
 from fake_engine import DONE, FakeEngine
 from omnispeech.config import ServerConfig
 from omnispeech.engine.events import TextDelta
+from omnispeech.logs import log_to_stdout
 from omnispeech.server.app import create_app
 from omnispeech.server.door import listen
 from omnispeech.server.http import HTTPServer
@@ -160,8 +232,9 @@ class Slow(threading.Event):
         self.end_s = self.end_s or time.monotonic() + float(sys.argv[1])
         return time.monotonic() > self.end_s
 
+log_to_stdout()
 gate = Slow()
-config = ServerConfig(port=0)
+config = ServerConfig(port=0, drain_s=float(sys.argv[2]))
 with listen(config) as door:
     HTTPServer(create_app(FakeEngine(TextDelta("a"), gate, DONE), config), config).run([door])
 print("cleaned up")
@@ -200,7 +273,7 @@ def process(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 def test_sigterm_finishes_the_replies_and_exits_with_zero() -> None:
     with (
-        process(SERVER, "1") as (server, url),
+        process(SERVER, "1", "30") as (server, url),
         httpx.stream("POST", url + PATH, json=HELLO, timeout=20) as response,
     ):
         pieces = response.iter_raw()
@@ -213,7 +286,7 @@ def test_sigterm_finishes_the_replies_and_exits_with_zero() -> None:
 
 def test_a_second_sigterm_does_not_wait_for_replies() -> None:
     with (
-        process(SERVER, "600") as (server, url),
+        process(SERVER, "600", "30") as (server, url),
         httpx.stream("POST", url + PATH, json=HELLO, timeout=20) as response,
     ):
         pieces = response.iter_raw()
@@ -221,6 +294,18 @@ def test_a_second_sigterm_does_not_wait_for_replies() -> None:
         server.send_signal(signal.SIGTERM)
         until(lambda: httpx.get(f"{url}/ready").status_code == 503)
         server.send_signal(signal.SIGTERM)
+        assert server.wait(10) == 0
+
+
+def test_sigterm_tells_the_callers_of_replies_that_it_cuts() -> None:
+    with (
+        process(SERVER, "600", "0.5") as (server, url),
+        httpx.stream("POST", url + PATH, json=HELLO, timeout=20) as response,
+    ):
+        pieces = response.iter_raw()
+        next(pieces)
+        server.send_signal(signal.SIGTERM)
+        assert b'"error_code": 1' in b"".join(pieces)
         assert server.wait(10) == 0
 
 

@@ -12,7 +12,15 @@ from pydantic import BaseModel, ValidationError
 
 from omnispeech.audio.io import encode_wav
 from omnispeech.engine.events import AudioDelta, Done, Event, Samples, SpeechEngine, TextDelta
-from omnispeech.errors import GenerationError, OmniSpeechError, RequestError, Unavailable
+from omnispeech.errors import (
+    GenerationError,
+    OmniSpeechError,
+    RequestError,
+    TooManyRequests,
+    Unavailable,
+)
+from omnispeech.server.access.callers import CALLER
+from omnispeech.server.access.refused import close_code, close_reason
 from omnispeech.server.protocol import spoken_turn
 from omnispeech.server.refusal import field_error
 from omnispeech.server.reply import Reply, summary
@@ -33,7 +41,11 @@ def live_routes(engine: SpeechEngine) -> APIRouter:
     @router.websocket("/ws/stream")
     async def stream(socket: WebSocket) -> None:
         await socket.accept()
-        await LiveTalk(socket, engine).run()
+        try:
+            with CALLER.get().talk():
+                await LiveTalk(socket, engine).run()
+        except TooManyRequests as exc:
+            await socket.close(close_code(exc), close_reason(exc))
 
     return router
 
@@ -118,7 +130,8 @@ class LiveTalk:
             await self._tell_json(type="end", **summary(done))
 
     async def _tell_error(self, exc: OmniSpeechError) -> None:
-        logger.info("/ws/stream: %s", exc)
+        logger.info("/ws/stream: %s", type(exc).__name__)
+        logger.debug("/ws/stream: %s", exc)
         await self._tell_json(type="error", error=type(exc).__name__, message=str(exc))
 
     async def _tell_json(self, **fields: Any) -> None:

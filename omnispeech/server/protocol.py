@@ -104,7 +104,7 @@ def _messages(wire: list[WireMessage], max_audio_s: float) -> tuple[Message, ...
                 content.append(Text(item.text))
             if item.audio:
                 where = f"messages[{number}].content[{place}].audio"
-                samples = _sound(item.audio, where, min(max_audio_s, seconds_left))
+                samples = sound_of_base64(item.audio, where, min(max_audio_s, seconds_left))
                 seconds_left -= len(samples) / INPUT_RATE_HZ
                 content.append(Audio(samples))
         if not content:
@@ -113,7 +113,7 @@ def _messages(wire: list[WireMessage], max_audio_s: float) -> tuple[Message, ...
     return tuple(messages)
 
 
-def _sound(text: str, where: str, max_seconds: float) -> Samples:
+def sound_of_base64(text: str, where: str, max_seconds: float) -> Samples:
     try:
         data = base64.b64decode("".join(text.split()), validate=True)
     except ValueError as exc:

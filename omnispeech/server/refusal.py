@@ -46,7 +46,7 @@ def field_error(errors: Sequence[Mapping[str, Any]]) -> RequestError:
     message = first["msg"][:1].lower() + first["msg"][1:]
     if first["type"] == "model_type":
         message = "input should be an object"  # pydantic names a class of ours
-    return RequestError(f"{place}={_shown(first['input'])}: {message}")
+    return RequestError(f"{place}={shown(first['input'])}: {message}")
 
 
 def _place(place: str, step: str | int) -> str:
@@ -55,7 +55,7 @@ def _place(place: str, step: str | int) -> str:
     return step if place in ("the body", "query", "path") else f"{place}.{step}"
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "..."
 

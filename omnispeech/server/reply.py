@@ -1,9 +1,8 @@
 """A reply on its way to one caller."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from typing import Any, Literal
-from uuid import uuid4
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from typing import Any, Literal, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -11,17 +10,19 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from omnispeech.engine.events import Done, Event, TextDelta
+from omnispeech.logs import CONVERSATION
 
 STREAM_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 Status = Literal["running", "done", "failed", "cancelled"]
+Result = TypeVar("Result")
 
 
 class Reply:
     """The events of one turn, and what is known of it so far. Closing it early cancels it."""
 
     def __init__(self, events: AsyncGenerator[Event, None]) -> None:
-        self.id = uuid4().hex
+        self.id = CONVERSATION.get()  # of the request, by which the log knows it
         self.status: Status = "running"
         self.text = ""
         self.failure: str | None = None
@@ -62,18 +63,23 @@ async def begin(request: Request, events: AsyncGenerator[Event, None]) -> Reply:
     The body of the request must have been read.
     """
     reply = Reply(events)
-    start = asyncio.create_task(reply.start())
-    leave = asyncio.create_task(_until_caller_leaves(request))
+    await while_caller_stays(request, reply.start())
+    return reply
+
+
+async def while_caller_stays(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """What `work` gives; it is cancelled if the caller leaves before. The body has been read."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_until_caller_leaves(request))
     try:
-        await asyncio.wait((start, leave), return_when=asyncio.FIRST_COMPLETED)
-        if not start.done():
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
             raise ClientDisconnect
-        start.result()
-        return reply
+        return working.result()
     finally:
-        leave.cancel()
-        start.cancel()
-        await asyncio.wait((start, leave))
+        leaving.cancel()
+        working.cancel()
+        await asyncio.wait((working, leaving))
 
 
 async def _until_caller_leaves(request: Request) -> None:
