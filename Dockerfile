@@ -19,7 +19,7 @@ RUN pip install --no-compile ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
     && pip install --no-compile -r /build/requirements.txt
 COPY pyproject.toml README.md LICENSE /build/
 COPY omnispeech /build/omnispeech
-COPY deploy/as-owner /app/bin/
+COPY deploy/as-owner deploy/answers /app/bin/
 COPY startup.py model_worker.py quantize.py quantize_llm_awq.py quantize_model_once.py /app/
 COPY examples /app/examples
 # Headers, programs that test torch, and pip are not for running. Everything is compiled once and
@@ -54,5 +54,5 @@ ENV OMNISPEECH_HOST=0.0.0.0 OMNISPEECH_PORT=8000
 EXPOSE 8000
 # the first start downloads 22 GB before anything listens
 HEALTHCHECK --interval=30s --timeout=5s --start-period=2h --retries=3 \
-    CMD ["python3", "-c", "import http.client, os; c = http.client.HTTPConnection('127.0.0.1', int(os.environ['OMNISPEECH_PORT']), timeout=4); c.request('GET', '/health'); raise SystemExit(c.getresponse().status != 200)"]
+    CMD ["answers", "/health"]
 CMD ["python3", "/app/startup.py"]

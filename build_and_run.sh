@@ -10,10 +10,11 @@ cd "$(dirname "$0")"
 
 usage() {
     cat <<'TEXT'
-usage: ./build_and_run.sh [--models DIR] [--port N] [--listen ADDRESS] [--gpus WHICH | --cpu]
-                          [--quantize] [--controller URL --worker-address URL]
-                          [--restart-policy NAME]
+usage: ./build_and_run.sh [--models DIR] [--port N] [--listen ADDRESS [--no-key]]
+                          [--gpus WHICH | --cpu] [--quantize]
+                          [--controller URL --worker-address URL] [--restart-policy NAME]
        ./build_and_run.sh --local [--once] [--models DIR] [--port N] [--device NAME]
+                          [--listen ADDRESS [--no-key]]
        ./build_and_run.sh --stop
 
 Without --local: builds the image, starts it as the container opens2s-server in place of an older
@@ -22,7 +23,10 @@ one, and waits until it answers. Needs Docker, and NVIDIA's container toolkit fo
   --models DIR   models directory, made if it is not there, mounted with -v "DIR:/models"; the server
                  runs as its owner (default: OMNISPEECH_MODELS, or $HOME/models)
   --port N       default: OMNISPEECH_PORT, or 8000
-  --listen ADDRESS     of this machine (default: 127.0.0.1; 0.0.0.0 lets other machines in)
+  --listen ADDRESS     of this machine (default: 127.0.0.1; 0.0.0.0 lets other machines in, who
+                 need an API key: OMNISPEECH_API_KEY, or those of api-keys.toml in the models
+                 directory, see docs/security.md)
+  --no-key       let other machines in although there is no key
   --gpus WHICH   as docker run takes it: all, device=0 (default: all; the server uses the first)
   --cpu          no GPU: a smaller image, an answer takes long with the real models
   --quantize     first make the 4-bit LLM, with the GPU to itself: for GPUs that have no room for
@@ -71,10 +75,10 @@ stop_server() {
 # Nothing listens there: the server that answers later is ours.
 check_port() {
     local reason
-    reason=$("$bin/python" - "$port" 2>&1 <<'PYTHON'
+    reason=$("$bin/python" - "$port" "$listen" 2>&1 <<'PYTHON'
 import errno, socket, sys
 try:
-    socket.create_server(("127.0.0.1", int(sys.argv[1])))
+    socket.create_server((sys.argv[2], int(sys.argv[1])))
 except OSError as exc:
     sys.exit("is taken by another program" if exc.errno == errno.EADDRINUSE else exc.strerror)
 PYTHON
@@ -89,7 +93,7 @@ answers() {
 start_server() {
     : >.local/server.log # what the last server said is not taken for this one's
     nohup "$bin/python" model_worker.py --models "$models" --device "$device" \
-        --host 127.0.0.1 --port "$port" >.local/server.log 2>&1 </dev/null &
+        --host "$listen" --port "$port" ${keys:+--api-keys "$keys"} >.local/server.log 2>&1 </dev/null &
     local pid=$!
     echo "$pid" >.local/server.pid
     # only a server that has the port says so; another one may answer there
@@ -106,6 +110,20 @@ check_alive() {
     fail "the server ended; the whole log is in .local/server.log"
 }
 
+# Who reaches a server without keys may use it: other machines only where that is meant.
+check_listen() {
+    [[ $listen =~ ^[0-9]+(\.[0-9]+){3}$ ]] ||
+        fail "--listen '$listen'; allowed: an IPv4 address of this machine, or 0.0.0.0"
+    [ ! -f "$models/api-keys.toml" ] || keys=$models/api-keys.toml
+    if [ -n "${OMNISPEECH_API_KEY:-}${OMNISPEECH_API_KEYS:-}$keys" ]; then
+        [ -z "$no_key" ] || fail "--no-key: there is one (OMNISPEECH_API_KEY, OMNISPEECH_API_KEYS" \
+            "or $models/api-keys.toml); take it away, or leave --no-key out"
+    elif [ -z "$no_key" ] && [[ $listen != 127.* ]]; then
+        fail "with --listen $listen everybody who reaches this machine could use the server; set a" \
+            "key first: export OMNISPEECH_API_KEY=\$(openssl rand -hex 24), or say --no-key"
+    fi
+}
+
 check_options() {
     if ! [[ $port =~ ^[1-9][0-9]{0,4}$ ]] || [ "$port" -gt 65535 ]; then
         fail "--port '$port'; allowed: 1 to 65535"
@@ -120,6 +138,8 @@ check_options() {
 }
 
 serve_locally() {
+    [ -z "${OMNISPEECH_TLS_CERTIFICATE:-}" ] || fail "--local speaks http alone; for https start" \
+        "model_worker.py yourself, or take the container"
     make_environment requirements.txt
     mkdir -p .local
     stop_server || true
@@ -131,15 +151,20 @@ serve_locally() {
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
     fi
     [ -z "$once" ] || trap 'stop_server || true' EXIT
-    url=http://127.0.0.1:$port
+    url=http://$address:$port
     start_server
-    "$bin/omnispeech" say examples/question.wav -o "$PWD/reply.wav" --server "$url"
+    if [ -n "${OMNISPEECH_API_KEY:-}" ] || [ -z "${OMNISPEECH_API_KEYS:-}$keys" ]; then
+        "$bin/omnispeech" say examples/question.wav -o "$PWD/reply.wav" --server "$url"
+    else
+        echo "No question was asked: OMNISPEECH_API_KEY holds no key for it."
+    fi
     if [ -z "$once" ]; then
         echo "The server is running at $url (log: .local/server.log; stop it: ./build_and_run.sh --stop)"
+        echo "Talk with it in a browser: $url/"
     fi
 }
 
-action=container once='' cpu='' rootless='' gpus=all listen=127.0.0.1 restart_policy=unless-stopped
+action=container once='' cpu='' no_key='' keys='' rootless='' gpus=all listen=127.0.0.1 restart_policy=unless-stopped
 quantize='' controller=${OMNISPEECH_CONTROLLER:-} worker_address=${OMNISPEECH_WORKER_ADDRESS:-}
 drain=${OMNISPEECH_DRAIN_S:-30}
 models=${OMNISPEECH_MODELS:-} port=${OMNISPEECH_PORT:-8000} device=${OMNISPEECH_DEVICE:-cpu}
@@ -147,7 +172,7 @@ declare -A given=()
 while [ $# -gt 0 ]; do
     case $1 in
     --once | --device) given[$1]=local ;;
-    --cpu | --gpus | --listen | --quantize | --controller | --worker-address | --restart-policy)
+    --cpu | --gpus | --quantize | --controller | --worker-address | --restart-policy)
         given[$1]=container
         ;;
     esac
@@ -156,6 +181,7 @@ while [ $# -gt 0 ]; do
     --stop) action=stop ;;
     --once) once=yes ;;
     --cpu) cpu=yes ;;
+    --no-key) no_key=yes ;;
     --quantize) quantize=yes ;;
     --models | --port | --device | --gpus | --listen | --controller | --worker-address | \
         --restart-policy)
@@ -183,10 +209,12 @@ fi
 check_options
 models=${models/#'~/'/$HOME/} # quoted, or of a file that no shell has read
 [ -z "$models" ] || [[ $models == /* ]] || models=$caller/$models
+address=${listen/#0.0.0.0/127.0.0.1} # where the server is asked from here
 if [ "$action" = local ]; then
+    check_listen
     serve_locally
 else
     models=${models:-$HOME/models} image=omnispeech:server${cpu:+-cpu}
-    address=${listen/#0.0.0.0/127.0.0.1} # where the server is asked from here
+    check_listen
     serve_in_container
 fi

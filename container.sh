@@ -1,17 +1,26 @@
 # shellcheck shell=bash disable=SC2154
 # Sourced by build_and_run.sh: the server in a container. Nothing but bash and Docker is needed.
-# Set there, beside the options: address controller cpu drain gpus image listen models port quantize
-# restart_policy rootless worker_address. Set here: arguments (of docker) and owner (of the models).
+# Set there, beside the options: address controller cpu drain gpus image keys listen models port
+# quantize restart_policy rootless worker_address. Set here: arguments (of docker) and owner (of the
+# models).
 
 CONTAINER=opens2s-server
 # of this machine alone: inside the container they are what the image says
-NOT_PASSED=' OMNISPEECH_MODELS OMNISPEECH_HOST OMNISPEECH_PORT OMNISPEECH_SERVER OMNISPEECH_VENV '
+NOT_PASSED=' OMNISPEECH_MODELS OMNISPEECH_HOST OMNISPEECH_PORT OMNISPEECH_SERVER OMNISPEECH_VENV
+ OMNISPEECH_API_KEYS '
 
 # What Docker would refuse after the image is built, or misread.
 check_values() {
     [[ $models != *:* ]] || fail "--models '$models'; Docker takes no path with a colon"
-    [[ $listen =~ ^[0-9]+(\.[0-9]+){3}$ ]] ||
-        fail "--listen '$listen'; allowed: an IPv4 address of this machine, or 0.0.0.0"
+    [ "${OMNISPEECH_API_KEYS:-$models/api-keys.toml}" = "$models/api-keys.toml" ] ||
+        fail "OMNISPEECH_API_KEYS='$OMNISPEECH_API_KEYS'; the server in the container reads" \
+            "$models/api-keys.toml: copy it there, and unset the variable"
+    local file
+    for file in "${OMNISPEECH_TLS_CERTIFICATE:-}" "${OMNISPEECH_TLS_KEY:-}"; do
+        [ -z "$file" ] || [[ $file == /models/* ]] ||
+            fail "'$file'; the server in the container reads files of $models, where they are" \
+                "called /models/...: put certificate and key there, and say so in the variables"
+    done
     [[ $drain =~ ^[0-9]+(\.[0-9]*)?$ ]] ||
         fail "OMNISPEECH_DRAIN_S='$drain'; allowed: seconds, such as 90"
     [ -n "$controller" ] || return 0
@@ -103,6 +112,7 @@ passed_variables() {
 # Of whatever runs in the image.
 choose_arguments() {
     mapfile -t arguments < <(passed_variables)
+    [ -z "$keys" ] || arguments+=(--env OMNISPEECH_API_KEYS=/models/api-keys.toml)
     arguments+=(--init --user "$owner" --volume "$models:/models")
     if [ -n "$cpu" ]; then
         arguments+=(--env OMNISPEECH_DEVICE=cpu --env NVIDIA_VISIBLE_DEVICES=void)
@@ -163,7 +173,15 @@ start_container() {
     fail "the container did not start; Docker's reason stands above${1:+; the old one runs again}"
 }
 
-is_ready() (
+is_ready() {
+    if [ -n "${OMNISPEECH_TLS_CERTIFICATE:-}" ]; then
+        docker exec "$CONTAINER" answers /ready >/dev/null 2>&1
+    else
+        answers_plainly
+    fi
+}
+
+answers_plainly() (
     exec 3<>"/dev/tcp/$address/$port" || exit
     printf 'GET /ready HTTP/1.0\r\n\r\n' >&3
     read -r -t 5 line <&3
@@ -200,16 +218,21 @@ check_running() {
 }
 
 tell_what_next() {
-    local url=http://$address:$port
+    local url=http${OMNISPEECH_TLS_CERTIFICATE:+s}://$address:$port key=''
+    # shellcheck disable=SC2016 # its name, and not the key itself
+    [ -z "${OMNISPEECH_API_KEY:-}$keys" ] || key=' -H "Authorization: Bearer $OMNISPEECH_API_KEY"'
     cat <<TEXT
 
 The server is ready: $url (models: $models)
-  ask it:   curl --data-binary @examples/question.wav $url/v1/speech -o reply.wav
+  talk:     $url/ in a browser
+  ask it:   curl$key --data-binary @examples/question.wav $url/v1/speech -o reply.wav
   its log:  docker logs -f $CONTAINER
   stop it:  ./build_and_run.sh --stop
 TEXT
-    [ "$listen" != 127.0.0.1 ] || echo "  Other machines do not reach it, as it asks for no" \
-        "password; --listen 0.0.0.0 lets them, ssh -L $port:$address:$port is the safe way."
+    if [ "$listen" = 127.0.0.1 ]; then
+        echo "  Other machines do not reach it: ssh -L $port:$address:$port from there is the safe" \
+            "way, an API key and --listen 0.0.0.0 the other (docs/security.md)."
+    fi
     [ -d "$models/OpenS2S-llm-awq" ] || cat <<TEXT
 Once, for a start in seconds and half the GPU memory:
   docker exec -it $CONTAINER python3 /app/quantize_llm_awq.py

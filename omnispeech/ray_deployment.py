@@ -18,9 +18,17 @@ from typing import Any
 import httpx
 from starlette.types import ASGIApp
 
-from omnispeech.config import EngineConfig, PlaceConfig, ScaleConfig, ServerConfig
+from omnispeech.config import (
+    AccessConfig,
+    EngineConfig,
+    PlaceConfig,
+    ScaleConfig,
+    ServerConfig,
+)
 from omnispeech.config_reader import build_config, check_names
 from omnispeech.errors import ConfigError, GenerationError
+from omnispeech.logs import log_to_stdout
+from omnispeech.server.access.tls import check_tls
 from omnispeech.server.app import create_app
 from omnispeech.server.door import listen
 from omnispeech.server.one_of_many import Answer, OneOfMany
@@ -52,8 +60,7 @@ class Replica:
     """One engine. It gets requests once it has an application: after the warm-up turn."""
 
     def __init__(self, settings: Settings) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-        logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of each `get`
+        log_to_stdout(settings.server.log_format, settings.server.log_level)
         self._settings = settings
         self._worker = build_worker(settings)
         self._up = False
@@ -64,7 +71,8 @@ class Replica:
         context = serve.get_replica_context()
         self._name = str(context.replica_id.unique_id)
         self._handle = serve.get_deployment_handle(context.deployment, context.app_name)
-        self._app = create_app(self._worker, self._settings.server)
+        settings = self._settings
+        self._app = create_app(self._worker, settings.server, settings.talk, settings.access)
         return OneOfMany(self._app, self._name, places(self._settings.engine), self._ask_all)
 
     async def _start(self) -> None:
@@ -79,16 +87,16 @@ class Replica:
         if failure := self._worker.status().failure:
             raise GenerationError(failure)
 
-    async def get(self, path: str) -> Answer:
+    async def get(self, path: str, headers: dict[str, str]) -> Answer:
         """What this replica alone answers."""
         transport = httpx.ASGITransport(self._app)
         async with httpx.AsyncClient(transport=transport, base_url="http://replica") as client:
-            reply = await client.get(path)
+            reply = await client.get(path, headers=headers)
         media_type = reply.headers.get("content-type", "")
         return Answer(self._name, reply.status_code, reply.content, media_type)
 
-    async def _ask_all(self, path: str) -> Sequence[Answer]:
-        answers = self._handle.broadcast("get", path)
+    async def _ask_all(self, path: str, headers: dict[str, str]) -> Sequence[Answer]:
+        answers = self._handle.broadcast("get", path, headers)
         told = await answers.results_async(timeout_s=ASK_S, return_exceptions=True)
         return [answer for answer in told if isinstance(answer, Answer)]
 
@@ -209,6 +217,7 @@ def serve_until_stopped(settings: Settings, scale: ScaleConfig) -> int:
 def check(settings: Settings, scale: ScaleConfig) -> None:
     """Raises what Ray would tell after half a minute, and at length."""
     check_server(settings.server)
+    check_tls(settings.access)
     if scale.ray_address == "local":
         choose_target(settings.place)
         find_sources(settings.place)
@@ -237,7 +246,7 @@ def cluster(settings: Settings, scale: ScaleConfig) -> Iterator[None]:
         # Ray's own handlers, set by now, would leave at once, or abort with a dump
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         serve.start(
-            http_options={"host": server.host, "port": server.port},
+            http_options={"host": server.host, "port": server.port, **tls(settings.access)},
             logging_config={"log_level": "WARNING"},
         )
         yield
@@ -246,6 +255,13 @@ def cluster(settings: Settings, scale: ScaleConfig) -> Iterator[None]:
             if local:
                 serve.shutdown()  # type: ignore[no-untyped-call]
             ray.shutdown()
+
+
+def tls(access: AccessConfig) -> dict[str, str]:
+    """Of Ray's proxies, in its own words."""
+    if not access.tls_certificate:
+        return {}
+    return {"ssl_certfile": access.tls_certificate, "ssl_keyfile": access.tls_key}
 
 
 @contextmanager

@@ -90,6 +90,15 @@ def run(_: list[str]) -> int:
     return int(told.read_text() or 1) if told.exists() else 0
 
 
+def exec_(arguments: list[str]) -> int:
+    """`answers` of the image: here it finds that the server is ready when it is asked again."""
+    asked = STATE / "asked"
+    if asked.exists():
+        return 0
+    asked.touch()
+    return 1
+
+
 def create(arguments: list[str]) -> int:
     name = arguments[arguments.index("--name") + 1]
     if (STATE / "create-fails").exists() or path(name).exists():
@@ -175,6 +184,7 @@ COMMANDS = {
     "logs": logs,
     "run": run,
     "create": create,
+    "exec": exec_,
     "start": start,
 }
 

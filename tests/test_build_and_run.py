@@ -103,6 +103,7 @@ class Machine:
         return [self.made[i + 1] for i, word in enumerate(self.made) if word == "--env"]
 
 
+KEY = "0123456789-abcdef-0123456789"
 CHANGES = ("build", "create", "start", "run", "stop")
 
 
@@ -150,7 +151,7 @@ def test_models_port_gpu_address_and_restart_policy_are_chosen(machine: Machine)
         port = str(free.getsockname()[1])
     ran = machine.start(
         *("--models", "mine/models", "--port", port, "--gpus", "device=1"),
-        *("--listen", "0.0.0.0", "--restart-policy", "no"),
+        *("--listen", "0.0.0.0", "--no-key", "--restart-policy", "no"),
     )
     assert ran.returncode == 0, ran.stderr
     assert machine.value("--volume") == f"{machine.home}/mine/models:/models"
@@ -227,6 +228,65 @@ def test_a_wrong_time_for_replies_leaves_the_old_server_alone(machine: Machine) 
     ran = machine.start(OMNISPEECH_DRAIN_S="1e3")
     assert ran.returncode == 1 and "OMNISPEECH_DRAIN_S='1e3'; allowed" in ran.stderr
     assert machine.called() == ["build", "create", "start"]
+
+
+# ---- keys
+
+
+def test_other_machines_are_let_in_only_with_a_key_or_where_none_is_meant(machine: Machine) -> None:
+    refused = machine.start("--listen", "0.0.0.0")
+    assert refused.returncode == 1 and machine.calls == []
+    assert "export OMNISPEECH_API_KEY=$(openssl rand -hex 24), or say --no-key" in refused.stderr
+    assert machine.start("--listen", "0.0.0.0", "--no-key").returncode == 0
+    assert machine.start("--listen", "0.0.0.0", OMNISPEECH_API_KEY=KEY).returncode == 0
+
+
+def test_a_key_reaches_the_server_by_name_and_stands_nowhere(machine: Machine) -> None:
+    ran = machine.start(OMNISPEECH_API_KEY=KEY)
+    assert machine.environment() == ["OMNISPEECH_API_KEY"]
+    assert KEY not in (machine.place / "calls").read_text() + ran.stdout + ran.stderr
+    assert 'curl -H "Authorization: Bearer $OMNISPEECH_API_KEY" --data' in ran.stdout
+
+
+def test_keys_in_the_models_directory_are_those_of_the_server(machine: Machine) -> None:
+    (machine.home / "models").mkdir()
+    (machine.home / "models/api-keys.toml").touch()
+    ran = machine.start("--listen", "0.0.0.0")
+    assert ran.returncode == 0, ran.stderr
+    assert machine.environment() == ["OMNISPEECH_API_KEYS=/models/api-keys.toml"]
+    there = str(machine.home / "models/api-keys.toml")
+    machine.start(OMNISPEECH_API_KEYS=there)
+    assert machine.environment() == ["OMNISPEECH_API_KEYS=/models/api-keys.toml"]
+
+
+def test_keys_elsewhere_would_not_be_seen_in_the_container(machine: Machine) -> None:
+    ran = machine.start(OMNISPEECH_API_KEYS="/etc/keys.toml")
+    assert ran.returncode == 1 and machine.calls == []
+    assert f"reads {machine.home}/models/api-keys.toml: copy it there" in ran.stderr
+
+
+def test_no_key_where_there_is_one_contradicts_itself(machine: Machine) -> None:
+    ran = machine.start("--no-key", OMNISPEECH_API_KEY=KEY)
+    assert ran.returncode == 1 and "take it away, or leave --no-key out" in ran.stderr
+
+
+def test_what_is_told_at_the_end_names_the_page_and_the_way_for_others(machine: Machine) -> None:
+    ran = machine.start()
+    assert f"http://127.0.0.1:{machine.port}/ in a browser" in ran.stdout
+    assert f"ssh -L {machine.port}:127.0.0.1:{machine.port}" in ran.stdout
+    assert "curl --data-binary" in ran.stdout  # no key
+    assert "ssh -L" not in machine.start("--listen", "0.0.0.0", "--no-key").stdout
+
+
+def test_a_server_of_https_is_asked_inside_its_container(machine: Machine) -> None:
+    files = {"OMNISPEECH_TLS_CERTIFICATE": "/models/a.pem", "OMNISPEECH_TLS_KEY": "/models/a.key"}
+    ran = machine.start(**files)
+    assert ran.returncode == 0, ran.stderr
+    asked = [call for call in machine.calls if call[0] == "exec"]
+    assert asked == [["exec", "opens2s-server", "answers", "/ready"]] * 2
+    assert f"The server is ready: https://127.0.0.1:{machine.port}" in ran.stdout
+    ran = machine.start(**files | {"OMNISPEECH_TLS_KEY": "/etc/a.key"})
+    assert ran.returncode == 1 and "'/etc/a.key'; the server in the container reads" in ran.stderr
 
 
 def without(machine: Machine, what: str) -> None:
@@ -306,7 +366,7 @@ def test_the_old_server_is_back_when_the_new_one_does_not_start(
     if not running:
         machine.start("--stop")
     machine.says("start-fails")
-    ran = machine.start("--listen", "192.0.2.1")
+    ran = machine.start("--listen", "192.0.2.1", "--no-key")
     assert ran.returncode == 1 and "cannot assign" in ran.stderr
     assert ("the old one runs again" in ran.stderr) == running
     assert machine.containers() == {"opens2s-server": running}

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
+from access_keys import ALICE, key_file, make_certificate, whole_server
 
-from omnispeech.config import ServerConfig
+from omnispeech.config import AccessConfig, ServerConfig
+from omnispeech.server.access.keys import VARIABLE, Keys
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text(encoding="utf-8"))
@@ -91,6 +94,37 @@ def test_no_model_and_no_secret_is_in_the_image() -> None:
     assert not re.search(r"TOKEN|safetensors|OpenS2S|\bfetch\b", DOCKERFILE)
 
 
+# ---- whether the server answers
+
+
+def ask_answers(path: str, port: int, **variables: str) -> int:
+    environ = {"OMNISPEECH_PORT": str(port), "PATH": os.environ["PATH"]} | variables
+    command = [sys.executable, str(ROOT / "deploy/answers"), path]
+    return subprocess.run(command, env=environ, capture_output=True, timeout=30).returncode
+
+
+def test_the_container_knows_whether_its_server_answers() -> None:
+    with whole_server(AccessConfig()) as port:
+        assert ask_answers("/health", port) == 0
+        assert ask_answers("/none", port) == 1
+    assert ask_answers("/health", port) == 1
+
+
+def test_it_knows_so_of_https_too(tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the openssl command")
+    certificate, key = tmp_path / "here.pem", tmp_path / "here.key"
+    make_certificate(certificate, key)
+    with whole_server(AccessConfig(tls_certificate=str(certificate), tls_key=str(key))) as port:
+        assert ask_answers("/ready", port, OMNISPEECH_TLS_CERTIFICATE=str(certificate)) == 0
+        assert ask_answers("/ready", port) == 1
+
+
+def test_the_health_of_the_container_is_asked_so() -> None:
+    assert 'CMD ["answers", "/health"]' in instructions("HEALTHCHECK")[0]
+    assert os.access(ROOT / "deploy/answers", os.X_OK)
+
+
 # ---- the owner of the models
 
 
@@ -150,7 +184,7 @@ def test_compose_has_one_gpu_the_models_and_time_to_drain() -> None:
 def test_variables_that_compose_hands_on_are_settings() -> None:
     settings = {f"OMNISPEECH_{f.name.upper()}" for f in all_settings()}
     names = [name for name in compose()["environment"] if name.startswith("OMNISPEECH_")]
-    assert set(names) <= settings
+    assert set(names) <= settings | {VARIABLE}
 
 
 def all_settings() -> list[Any]:
@@ -179,6 +213,26 @@ def test_kubernetes_gives_one_gpu_and_never_two_servers_to_it() -> None:
     claim = kubernetes("PersistentVolumeClaim")
     assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     assert int(claim["spec"]["resources"]["requests"]["storage"].removesuffix("Gi")) >= 60
+
+
+def test_the_keys_of_a_pod_are_a_secret() -> None:
+    (server,) = pod()["containers"]
+    [variable] = [one for one in server["env"] if one["name"] == "OMNISPEECH_API_KEYS"]
+    place, _, file = variable["value"].rpartition("/")
+    mounted = {mount["mountPath"]: mount for mount in server["volumeMounts"]}
+    volume = next(v for v in pod()["volumes"] if v["name"] == mounted[place]["name"])
+    assert mounted[place]["readOnly"] is True and volume["secret"]["defaultMode"] == 0o440
+    text = (ROOT / "deploy/kubernetes.yaml").read_text(encoding="utf-8")
+    name = volume["secret"]["secretName"]
+    assert f"kubectl create secret generic {name} --from-file={file}" in text
+
+
+def test_a_file_of_a_secret_is_not_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = key_file(tmp_path, alice=ALICE)
+    path.chmod(0o440)
+    assert Keys(path).needed and caplog.text == ""
 
 
 def test_a_pod_may_take_as_long_as_the_first_download() -> None:

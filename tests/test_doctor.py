@@ -235,6 +235,31 @@ def test_a_port_in_use_is_wrong(settled: Path, capsys: pytest.CaptureFixture[str
     assert "choose another --port" in words(findings, "port", "wrong")
 
 
+def test_it_tells_who_may_come_in_and_shows_no_key(
+    settled: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMNISPEECH_API_KEY", raising=False)
+    _, findings = found(settled, capsys)
+    assert "only this machine reaches it" in words(findings, "door", "ok")
+    _, findings = found(settled, capsys, "--host", "0.0.0.0")
+    assert "whoever reaches it may use the server" in words(findings, "door", "note")
+    monkeypatch.setenv("OMNISPEECH_API_KEY", "0123456789-abcdef")
+    _, findings = found(settled, capsys, "--host", "0.0.0.0")
+    assert words(findings, "door", "ok") == "0.0.0.0 asks for an API key"
+    assert "OMNISPEECH_API_KEY=(not shown)" in words(findings, "environment")
+    assert "0123456789-abcdef" not in str(findings)
+
+
+def test_keys_and_certificates_that_no_start_would_take_are_wrong(
+    settled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, findings = found(settled, capsys, "--api-keys", "none.toml")
+    assert status == 1 and "none.toml does not exist" in words(findings, "door", "wrong")
+    files = ("--tls-certificate", "none.pem", "--tls-key", "none.key")
+    status, findings = found(settled, capsys, *files)
+    assert status == 1 and "'none.pem' cannot be read" in words(findings, "door", "wrong")
+
+
 def test_a_device_that_is_not_there_is_wrong(
     settled: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

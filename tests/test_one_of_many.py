@@ -4,12 +4,12 @@ import asyncio
 from collections.abc import Sequence
 
 import httpx
-from fake_engine import FakeEngine
+from fake_engine import FakeEngine, sound_file, tone
 from starlette.types import Message, Receive, Scope, Send
 
 from omnispeech.config import ServerConfig
 from omnispeech.server.app import create_app
-from omnispeech.server.one_of_many import Answer, OneOfMany
+from omnispeech.server.one_of_many import Answer, OneOfMany, credentials
 
 FIGURES = '# HELP talks_total Talks.\n# TYPE talks_total counter\ntalks_total{{kind="x"}} {}\n'
 
@@ -17,8 +17,8 @@ FIGURES = '# HELP talks_total Talks.\n# TYPE talks_total counter\ntalks_total{{k
 async def get(path: str, *answers: Answer) -> httpx.Response:
     """What replica "one" says to a GET, when all of them answer it so."""
 
-    async def ask_all(asked: str) -> Sequence[Answer]:
-        assert asked == path
+    async def ask_all(asked: str, headers: dict[str, str]) -> Sequence[Answer]:
+        assert asked == path and headers == {"host": "test"}
         return answers
 
     app = OneOfMany(create_app(FakeEngine(), ServerConfig()), "one", 2, ask_all)
@@ -51,12 +51,40 @@ async def test_replicas_that_do_not_answer_are_asked_for_later() -> None:
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
 
 
+async def test_a_key_that_the_replicas_do_not_know_is_refused_by_all_of_them() -> None:
+    for path in ("/v1/speech/abc", "/metrics"):
+        answer = await get(path, text("one", 401), text("two", 401))
+        assert answer.status_code == 401
+
+
+def test_a_question_to_all_brings_its_key_and_its_origin() -> None:
+    headers = [(b"authorization", b"Bearer k"), (b"origin", b"http://a"), (b"accept", b"*/*")]
+    brought = credentials({"type": "http", "headers": headers})
+    assert brought == {"authorization": "Bearer k", "origin": "http://a"}
+
+
 async def test_metrics_are_those_of_all_replicas_told_apart() -> None:
     answers = [Answer(n, 200, FIGURES.format(v).encode(), "") for n, v in (("a", 1), ("b", 2))]
     lines = (await get("/metrics", *answers)).text.splitlines()
     assert 'talks_total{kind="x",replica="a"} 1.0' in lines
     assert 'talks_total{kind="x",replica="b"} 2.0' in lines
     assert lines.count("# TYPE talks_total counter") == 1
+
+
+async def test_histograms_and_labels_of_replicas_stay_what_they_are() -> None:
+    app = create_app(FakeEngine(), ServerConfig())
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        await client.post("/v1/speech", content=sound_file(tone(0.2)))
+        own = await client.get("/metrics")
+    lines = (await get("/metrics", *(Answer(n, 200, own.content, "") for n in "ab"))).text
+    for name in "ab":
+        for line in (
+            f'omnispeech_underrun_seconds_bucket{{le="+Inf",replica="{name}"}} 1.0',
+            f'omnispeech_continuous_replies_total{{gap_ms="100",replica="{name}"}} 1.0',
+            f'omnispeech_requests_total{{replica="{name}",route="/v1/speech",status="200"}} 1.0',
+        ):
+            assert line in lines.splitlines()
 
 
 class Talks:
@@ -70,7 +98,7 @@ class Talks:
         await send({"type": "websocket.accept"})
         await self.end.wait()
 
-    async def _ask_all(self, path: str) -> Sequence[Answer]:
+    async def _ask_all(self, path: str, headers: dict[str, str]) -> Sequence[Answer]:
         raise AssertionError("a talk asks nobody")
 
     async def connect(self, sent: list[Message]) -> None:

@@ -94,6 +94,29 @@ def test_stop_says_what_it_did(place: Path) -> None:
     assert run(place, "--stop").stdout == "no server was running\n"
 
 
+def test_a_local_server_is_on_loopback_unless_it_is_told_otherwise(place: Path) -> None:
+    port = str(fake_server(place, "import sys\nsys.exit(' '.join(sys.argv))"))
+    local = ("--local", "--models", "/m", "--port", port)
+    assert f"--host 127.0.0.1 --port {port}\n" in run(place, *local).stderr
+    refused = run(place, *local, "--listen", "0.0.0.0")
+    assert refused.returncode == 1 and "or say --no-key" in refused.stderr
+    assert "--host" not in refused.stderr
+    meant = run(place, *local, "--listen", "0.0.0.0", "--no-key")
+    assert f"--host 0.0.0.0 --port {port}\n" in meant.stderr
+
+
+def test_a_local_server_takes_the_keys_of_the_models_directory(place: Path) -> None:
+    port = fake_server(place, READY)
+    (place / "models").mkdir()
+    (place / "models/api-keys.toml").touch()
+    local = ("--local", "--once", "--models", str(place / "models"), "--port", str(port))
+    ran = run(place, *local)
+    assert ran.returncode == 0, ran.stderr
+    assert "No question was asked: OMNISPEECH_API_KEY holds no key" in ran.stdout
+    ran = run(place, *local, OMNISPEECH_API_KEY="0123456789-abcdef")
+    assert ran.returncode == 0 and "asked say" in ran.stdout
+
+
 def test_a_server_that_ends_while_another_answers_is_not_believed(place: Path) -> None:
     """Between the check and the start somebody else may take the port."""
     two = "import os, time\nif os.fork():\n    time.sleep(1)\n    sys.exit(3)\nserver ="

@@ -8,6 +8,7 @@ import signal
 from omnispeech.commands import serve
 from omnispeech.config import ScaleConfig
 from omnispeech.config_reader import build_config, read_config_file, unknown_variables
+from omnispeech.logs import log_to_stdout
 from omnispeech.service import settings_of
 
 logger = logging.getLogger(__name__)
@@ -21,13 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def scale(args: argparse.Namespace) -> int:
     """Serves until stopped; the exit status is 1 if no replica could start."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     signal.signal(signal.SIGTERM, serve.stop_at_once)
-    for name in unknown_variables():
-        logger.warning("the environment variable %s is no setting: it has no effect", name)
     file = read_config_file(args.config) if args.config else {}
     settings = settings_of(vars(args), file)
     replicas = build_config(ScaleConfig, vars(args), file)
+    log_to_stdout(settings.server.log_format, settings.server.log_level)
+    for name in unknown_variables():
+        logger.warning("the environment variable %s is no setting: it has no effect", name)
 
     prepare_environment(replicas.ray_address)
     from omnispeech.ray_deployment import serve_until_stopped

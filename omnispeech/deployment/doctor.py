@@ -33,6 +33,8 @@ def examine(settings: Settings, hub: HubConfig) -> list[Finding]:
     target = None
     with complaints("port", findings):
         findings.append(machine.port(settings.server))
+    with complaints("door", findings):
+        findings.append(machine.door(settings))
     with complaints("device", findings):
         target = choose_target(settings.place)
         findings.append(machine.device(target))

@@ -18,7 +18,11 @@ from omnispeech.config import ServerConfig
 from omnispeech.config_reader import PREFIX, unknown_variables
 from omnispeech.deployment.findings import Finding
 from omnispeech.quantization.memory import free_memory
+from omnispeech.server.access.entrance import is_loopback, keys_of
+from omnispeech.server.access.keys import VARIABLE
+from omnispeech.server.access.tls import check_tls
 from omnispeech.server.door import listen
+from omnispeech.service import Settings
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub")
 FOREIGN = (
@@ -40,13 +44,26 @@ def environment(environ: Mapping[str, str] = os.environ) -> Iterator[Finding]:
         yield Finding("note", "environment", f"{name} is no setting: it has no effect")
     ours = sorted(n for n in environ if n.startswith(PREFIX) and n not in unknown)
     for name in (*ours, *(n for n in FOREIGN if environ.get(n))):
-        yield Finding("ok", "environment", f"{name}={environ[name]}")
+        value = "(not shown)" if name == VARIABLE else environ[name]
+        yield Finding("ok", "environment", f"{name}={value}")
 
 
 def port(config: ServerConfig) -> Finding:
     """Raises ConfigError where it cannot be had."""
     listen(config).close()
     return Finding("ok", "port", f"{config.host}:{config.port} is free")
+
+
+def door(settings: Settings) -> Finding:
+    """Who may come in. Raises ConfigError for keys and certificates that cannot be used."""
+    check_tls(settings.access)
+    host = settings.server.host
+    if keys_of(settings.access).needed:
+        return Finding("ok", "door", f"{host} asks for an API key")
+    if is_loopback(host):
+        return Finding("ok", "door", f"{host} asks for no API key; only this machine reaches it")
+    words = f"{host} asks for no API key: whoever reaches it may use the server (docs/security.md)"
+    return Finding("note", "door", words)
 
 
 def device(target: Target) -> Finding:

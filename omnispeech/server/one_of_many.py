@@ -3,19 +3,20 @@ are kept open, and asks the others for what only they know."""
 
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from omnispeech.errors import NotReady
+from omnispeech.errors import NotReady, Overloaded
+from omnispeech.server.access.refused import refuse_websocket
 from omnispeech.server.refusal import refusal
 
 REPLICA_HEADER = "X-Replica"
-TRY_AGAIN_LATER = 1013  # registered close code of WebSockets
 TEXTS = "/v1/speech/"
 METRICS = "/metrics"
 
@@ -30,11 +31,15 @@ class Answer:
     media_type: str
 
 
-AskAll = Callable[[str], Awaitable[Sequence[Answer]]]
+# path and headers of the question
+AskAll = Callable[[str, dict[str, str]], Awaitable[Sequence[Answer]]]
 
 
 class OneOfMany:
-    """Around the application of one replica. `ask_all` puts a GET to every replica, itself too."""
+    """Around the application of one replica. `ask_all` puts a GET to every replica, itself too.
+
+    It stands before the guard of the application: what is gathered was asked of guarded ones.
+    """
 
     def __init__(self, app: ASGIApp, replica: str, most_talks: int, ask_all: AskAll) -> None:
         self._app = app
@@ -48,7 +53,8 @@ class OneOfMany:
         if scope["type"] == "websocket":
             await self._talk(scope, receive, named)
         elif is_for_all(scope):
-            response = gathered(scope["path"], await self._ask_all(scope["path"]))
+            answers = await self._ask_all(scope["path"], credentials(scope))
+            response = gathered(scope["path"], answers)
             await response(scope, receive, named)
         else:
             await self._app(scope, receive, named)
@@ -56,10 +62,8 @@ class OneOfMany:
     async def _talk(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One too many is told so and closed: a browser would not see a refused handshake."""
         if self._talks >= self._most_talks:
-            await receive()
-            await send({"type": "websocket.accept"})
-            reason = f"{self._talks} conversations are open; try again in a second"
-            await send({"type": "websocket.close", "code": TRY_AGAIN_LATER, "reason": reason})
+            full = Overloaded(f"{self._talks} conversations are open; try again in a second")
+            await refuse_websocket(full, scope, receive, send)
             return
         self._talks += 1
         try:
@@ -84,10 +88,17 @@ def is_for_all(scope: Scope) -> bool:
     return path == METRICS or path.startswith(TEXTS)
 
 
+def credentials(scope: Scope) -> dict[str, str]:
+    """What each replica looks at before it answers: it guards its own door."""
+    given = Headers(scope=scope)
+    return {name: given[name] for name in ("authorization", "host", "origin") if name in given}
+
+
 def gathered(path: str, answers: Sequence[Answer]) -> Response:
     if not answers:
         return refusal(NotReady("no replica answered in time; try again later"))
-    return figures(answers) if path == METRICS else best(answers)
+    whole = [answer for answer in answers if answer.status == HTTPStatus.OK]
+    return figures(whole) if path == METRICS and whole else best(answers)
 
 
 def best(answers: Sequence[Answer]) -> Response:
