@@ -1,0 +1,1 @@
+"""OpenAI's protocols over HTTP: chat completions, speech, transcriptions, models."""

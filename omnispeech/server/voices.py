@@ -1,0 +1,15 @@
+"""The model has one voice; the names of OpenAI's voices stand for it, so that clients work."""
+
+VOICE = "default"
+ALIASES = (
+    *("alloy", "ash", "ballad", "cedar", "coral", "echo", "fable"),
+    *("marin", "nova", "onyx", "sage", "shimmer", "verse"),
+)
+
+
+def voice_problem(voice: object) -> str | None:
+    """voice: a name, or {"id": name} -> what is wrong with it, None if it can be spoken with."""
+    name = voice.get("id") if isinstance(voice, dict) else voice
+    if name in (VOICE, *ALIASES):
+        return None
+    return f"voice={name!r}; this model has one voice, {VOICE!r} (also called {', '.join(ALIASES)})"
