@@ -38,6 +38,16 @@ def _is_url(text: str) -> bool:
     return named and re.fullmatch(r"https?://[^\s?#]+", text) is not None
 
 
+def _check_origin(origin: str) -> None:
+    """As browsers send it, without a path; null is that of no page."""
+    known = origin in ("*", "null") or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+", origin)
+    if not known:
+        raise ConfigError(
+            f"origins: {origin!r} is none; allowed: such as https://talk.example.org, in small "
+            "letters and without a path, several by commas, or *"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlaceConfig:
     models: str = setting("/models", "models directory")
@@ -134,10 +144,14 @@ class ServerConfig:
     max_body_mb: int = setting(64, "of one request")
     max_text_chars: int = setting(200_000, "characters of text in one request")
     max_messages: int = setting(1000, "messages in one request")
-    keep_texts: int = setting(256, "finished replies of /v1/speech whose text can be asked for")
+    keep_texts: int = setting(256, "spoken replies whose text is kept: of /v1/speech, and of chats")
     drain_s: float = setting(30.0, "replies under way may finish this long after a stop signal")
     controller: str = setting("", "URL of an OpenS2S controller to register with")
     worker_address: str = setting("", "URL of this worker, told to the controller")
+    log_format: Literal["text", "json"] = setting("text", "json: one object in each line")
+    log_level: Literal["debug", "info", "warning"] = setting(
+        "info", "debug: also errors that quote what a caller sent"
+    )
 
     def __post_init__(self) -> None:
         _check_range("port", self.port, 0, 65535)
@@ -173,6 +187,7 @@ class TalkConfig:
     speculate_ms: int = setting(
         200, "silence after which an answer is begun, and thrown away if speech goes on; 0: not"
     )
+    reply_tokens: int = setting(256, "text tokens of a reply where the client names no limit")
     max_frame_mb: int = setting(24, "of one WebSocket message")
     transcription: Literal["off", "model"] = setting(
         "off", "model: the LLM writes down what it heard, on request; not measured"
@@ -185,6 +200,7 @@ class TalkConfig:
         _check_range("max_talk_s", self.max_talk_s, 1.0, 86_400.0)
         _check_range("resume_s", self.resume_s, 0.0, 3600.0)
         _check_range("speculate_ms", self.speculate_ms, 0, 5000)
+        _check_range("reply_tokens", self.reply_tokens, 1, 4096)
         _check_range("max_frame_mb", self.max_frame_mb, 1, 1024)
 
 
@@ -197,11 +213,19 @@ class AccessConfig:
     tls_certificate: str = setting("", "PEM file; with tls_key the server speaks https and wss")
     tls_key: str = setting("", "PEM file")
     upload_s: float = setting(60.0, "the body of a request may take this long to arrive")
+    max_connections: int = setting(512, "open at a time; one more is told to come back later")
 
     def __post_init__(self) -> None:
         _check_range("upload_s", self.upload_s, 1.0, 86_400.0)
+        _check_range("max_connections", self.max_connections, 1, 1_000_000)
+        for origin in self.listed_origins:
+            _check_origin(origin)
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ConfigError("tls_certificate and tls_key go together; give both or none")
+
+    @property
+    def listed_origins(self) -> list[str]:
+        return [origin.strip() for origin in self.origins.split(",") if origin.strip()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,8 +55,8 @@ def start(args: argparse.Namespace, *, given: Sequence[str], place: Path) -> int
 
     What can be known to be wrong is raised before anything is fetched.
     """
-    log_to_stdout()
     settings = read_settings(vars(args), args.config)
+    log_to_stdout(settings.server.log_format, settings.server.log_level)
     hub = read_hub(vars(args), args.config)
     models = Path(settings.place.models)
     check_place(models)

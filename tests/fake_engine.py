@@ -14,7 +14,7 @@ import soundfile
 import uvicorn
 from fastapi import FastAPI
 
-from omnispeech.config import ServerConfig
+from omnispeech.config import AccessConfig, ServerConfig, TalkConfig
 from omnispeech.engine.events import (
     AudioDelta,
     Done,
@@ -24,7 +24,7 @@ from omnispeech.engine.events import (
     TextDelta,
     TurnRequest,
 )
-from omnispeech.server.app import create_app
+from omnispeech.server.app import DEFAULT_ACCESS, DEFAULT_TALK, create_app
 
 RATE_HZ = 22_050
 DONE = Done(
@@ -100,9 +100,16 @@ async def call(
 
 
 @contextmanager
-def serving(engine: FakeEngine, **settings: Any) -> Iterator[str]:
+def serving(
+    engine: FakeEngine,
+    talk: TalkConfig = DEFAULT_TALK,
+    access: AccessConfig = DEFAULT_ACCESS,
+    **settings: Any,
+) -> Iterator[str]:
     """A real server on loopback; gives its address."""
-    config = uvicorn.Config(app_with(engine, **settings), port=0, log_level="critical")
+    app = create_app(engine, ServerConfig(**settings), talk, access)
+    frame = talk.max_frame_mb * 1_000_000
+    config = uvicorn.Config(app, port=0, log_level="critical", ws_max_size=frame)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

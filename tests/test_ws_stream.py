@@ -302,9 +302,9 @@ async def test_a_wrong_path_is_refused_with_403() -> None:
             pass
 
 
-async def test_a_frame_of_more_than_16_mib_ends_the_connection() -> None:
+async def test_a_frame_over_the_limit_ends_the_connection() -> None:
     async with talking(FakeEngine()) as socket:
-        await socket.send(bytes((16 << 20) + 2))
+        await socket.send(bytes(24_000_002))
         with pytest.raises(ConnectionClosed):
             await received(socket)
     assert socket.close_code == 1009

@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 from omnispeech.config import AccessConfig, DecoderConfig, EngineConfig, ServerConfig, TalkConfig
 from omnispeech.config_reader import CONFIGS, unknown_variables
 from omnispeech.logs import log_to_stdout
+from omnispeech.server.access.tls import check_tls
 from omnispeech.service import build_worker, read_settings
 
 logger = logging.getLogger(__name__)
@@ -50,11 +51,12 @@ def add_settings(group: argparse._ActionsContainer, config: type[Any]) -> None:
 
 def serve(args: argparse.Namespace) -> int:
     """Serves until stopped; the exit status is 1 if the models could not be loaded."""
-    log_to_stdout()
     signal.signal(signal.SIGTERM, stop_at_once)
+    settings = read_settings(vars(args), args.config)
+    log_to_stdout(settings.server.log_format, settings.server.log_level)
     for name in unknown_variables():
         logger.warning("the environment variable %s is no setting: it has no effect", name)
-    settings = read_settings(vars(args), args.config)
+    check_tls(settings.access)
     worker = build_worker(settings)
 
     from omnispeech.server.app import create_app
@@ -63,7 +65,8 @@ def serve(args: argparse.Namespace) -> int:
 
     with listen(settings.server) as door:
         server = replace(settings.server, port=door.getsockname()[1])  # 0 was: any free port
-        http = HTTPServer(create_app(worker, server, settings.talk, settings.access), server)
+        app = create_app(worker, server, settings.talk, settings.access)
+        http = HTTPServer(app, server, settings.talk, settings.access)
         on_hang_up(http.handle_exit)
         worker.start(on_failure=http.stop)
         try:

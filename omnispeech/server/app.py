@@ -1,5 +1,9 @@
 """The web application: what is served where."""
 
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -11,13 +15,20 @@ import omnispeech
 from omnispeech.config import AccessConfig, ServerConfig, TalkConfig
 from omnispeech.engine.events import EngineStatus, SpeechEngine
 from omnispeech.errors import NotReady
+from omnispeech.server.access.entrance import guard
 from omnispeech.server.admission import STOPPING, Admission
 from omnispeech.server.limits import BodyLimit
 from omnispeech.server.live import live_routes
-from omnispeech.server.metrics import EngineGauges, Replies, metrics_routes
+from omnispeech.server.metrics import EngineGauges, metrics_routes
+from omnispeech.server.openai.routes import openai_routes
+from omnispeech.server.page import page_routes
+from omnispeech.server.realtime.route import realtime_routes
+from omnispeech.server.realtime.talks import Talks
 from omnispeech.server.refusal import add_error_handlers, error_body, retry_after
 from omnispeech.server.speech import speech_routes
 from omnispeech.server.stream_infer import stream_infer_routes
+from omnispeech.server.tracing import tracing_of
+from omnispeech.server.watch import Watch, Watched
 from omnispeech.server.worker_api import worker_routes
 
 DEFAULT_TALK, DEFAULT_ACCESS = TalkConfig(), AccessConfig()
@@ -31,20 +42,23 @@ def create_app(
     access: AccessConfig = DEFAULT_ACCESS,
 ) -> FastAPI:
     """`app.state.admission` lets whoever runs the app stop it without cutting a reply."""
-    # the pages that FastAPI would make load scripts from elsewhere
-    app = FastAPI(title="omnispeech", version=omnispeech.__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(BodyLimit, max_mb=config.max_body_mb)
-    add_error_handlers(app)
     registry = CollectorRegistry()
-    admission = Admission(engine, Replies(registry).ended)
+    watch = Watch(registry, tracing_of(os.environ, config.model_name))
+    admission = Admission(engine, watch.reply_ended, watch.talks.guessed)
     registry.register(EngineGauges(admission))
     ProcessCollector(registry=registry)  # memory, processor time, open files
-    app.state.admission = admission
+    app = bare_app(config, access, watch)
+    app.state.admission, app.state.watch = admission, watch
     app.include_router(worker_routes(admission, config))
     app.include_router(live_routes(admission))
     app.include_router(stream_infer_routes(admission))
     app.include_router(speech_routes(admission, config))
+    app.include_router(openai_routes(admission, config, talk))
+    talks = Talks(admission, config, talk, watch.talks)
+    app.include_router(realtime_routes(talks, watch.tracing))
     app.include_router(metrics_routes(registry))
+    if talk.page:
+        app.include_router(page_routes())
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")
@@ -57,6 +71,37 @@ def create_app(
     async def ready() -> JSONResponse:
         return readiness(admission)
 
+    return app
+
+
+def bare_app(config: ServerConfig, access: AccessConfig, watch: Watch) -> FastAPI:
+    """What stands around every route."""
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(watch.tracing.close)
+
+    app = FastAPI(
+        title="omnispeech",
+        version=omnispeech.__version__,
+        lifespan=life,
+        # the pages that FastAPI would make load scripts from elsewhere
+        docs_url=None,
+        redoc_url=None,
+        # its own would send what callers said, in the messages of exceptions
+        telemetry={
+            "auto_configure": False,
+            "tracing": False,
+            "operation_spans": False,
+            "metrics": False,
+            "logs": False,
+        },
+    )
+    app.add_middleware(BodyLimit, max_mb=config.max_body_mb, upload_s=access.upload_s)
+    guard(app, access, config.host)
+    app.add_middleware(Watched, watch=watch)  # the last one added is around all others
+    add_error_handlers(app)
     return app
 
 

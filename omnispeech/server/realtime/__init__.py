@@ -1,0 +1,1 @@
+"""GET /v1/realtime: live conversations, as OpenAI's Realtime protocol has them."""
