@@ -1,0 +1,152 @@
+import { Connection } from "./connection.js";
+import { Microphone } from "./microphone.js";
+import { RATE_HZ } from "./pcm.js";
+import { Player } from "./player.js";
+import { Source } from "./source.js";
+import { Talk } from "./talk.js";
+
+const KEPT_AS = "omnispeech.key";
+const LAST_PIECE_MS = 60; // what the microphone still holds when the button is let go
+
+/**
+ * From start to end: the sound devices, the connection, and who may be heard.
+ *
+ * Tells "changed", "session" {session, isNew}, "trouble" {message, param}, "lost" {waitS, known},
+ * "resumed", "closed" {kind, reason}, "deaf" (why there is no microphone), "short" (a press too
+ * short to be speech), "heard" (level), "played" (level).
+ */
+export class Call extends Source {
+  #conversation;
+  #timings;
+  #connection = null;
+  #microphone = null;
+  #player = null;
+
+  constructor(conversation, timings) {
+    super();
+    this.#conversation = conversation;
+    this.#timings = timings;
+    this.context = null;
+    this.talk = null;
+    this.handsFree = true;
+    this.muted = false;
+  }
+
+  get state() {
+    if (!this.#connection) return "idle";
+    return this.#connection.isOpen ? "open" : "connecting";
+  }
+
+  get hasMicrophone() {
+    return this.#microphone !== null;
+  }
+
+  /** Needs to be called from a press of a button or key: else browsers stay silent. */
+  async start() {
+    if (this.#connection) return;
+    const connection = new Connection(sessionStorage.getItem(KEPT_AS));
+    this.#connection = connection;
+    this.emit("changed");
+    await this.prepareSound();
+    this.#player ??= await this.#newPlayer();
+    if (connection === this.#connection) this.#open(connection); // else it was ended meanwhile
+  }
+
+  async prepareSound() {
+    this.context ??= new AudioContext({ sampleRate: RATE_HZ, latencyHint: "interactive" });
+    await this.context.resume();
+  }
+
+  /** Starts with another key. */
+  unlock(key) {
+    sessionStorage.setItem(KEPT_AS, key);
+    return this.start();
+  }
+
+  async end() {
+    this.#connection?.close();
+    await this.talk?.replies.silence();
+    this.#stop();
+  }
+
+  async openMicrophone() {
+    if (this.#microphone) return;
+    const microphone = await Microphone.open(this.context).catch(({ reason }) => {
+      this.emit("deaf", reason);
+    });
+    if (!microphone) return;
+    if (this.#microphone || !this.#connection) return microphone.close();
+    this.#microphone = microphone;
+    this.#microphone.on("piece", (piece) => this.#hear(piece));
+    this.#microphone.on("lost", () => this.#loseMicrophone());
+    this.emit("changed");
+  }
+
+  tryNow() {
+    this.#connection?.open();
+  }
+
+  mute(muted) {
+    if (muted && !this.muted) this.talk?.questions.mute();
+    this.muted = muted;
+    this.emit("changed");
+  }
+
+  async press() {
+    await this.talk?.press();
+  }
+
+  release() {
+    const at = performance.now();
+    setTimeout(() => {
+      if (this.talk?.questions.release(at) === false) this.emit("short");
+    }, LAST_PIECE_MS);
+  }
+
+  async #newPlayer() {
+    const player = await Player.create(this.context);
+    player.on("progress", (report) => {
+      this.talk.replies.played(report);
+      this.emit("played", report.level);
+    });
+    player.on("stopped", () => this.emit("played", 0));
+    return player;
+  }
+
+  #open(connection) {
+    this.talk = new Talk(connection, this.#player, this.#conversation, this.#timings);
+    this.talk.on("phase", () => this.emit("changed"));
+    this.talk.on("session", (detail) => this.emit("session", detail));
+    this.talk.on("trouble", (detail) => this.emit("trouble", detail));
+    connection.on("open", ({ resumed }) => this.emit(resumed ? "resumed" : "changed"));
+    connection.on("lost", (detail) => this.emit("lost", detail));
+    connection.on("closed", (detail) => {
+      this.#stop();
+      this.emit("closed", detail);
+    });
+    connection.open();
+  }
+
+  #stop() {
+    this.#connection = null;
+    this.#microphone?.close();
+    this.#microphone = null;
+    this.talk?.questions.forget();
+    this.talk?.replies.forget();
+    this.muted = false;
+    this.emit("heard", 0);
+    this.emit("changed");
+  }
+
+  #hear({ pcm, level }) {
+    const taken = this.handsFree ? !this.muted : this.talk.questions.open;
+    this.emit("heard", taken ? level : 0);
+    if (taken) this.talk.questions.hear(pcm);
+  }
+
+  #loseMicrophone() {
+    this.#microphone = null;
+    this.emit("heard", 0);
+    this.emit("deaf", "unplugged");
+  }
+}

@@ -1,0 +1,89 @@
+import { RATE_HZ, loudness, toPcm } from "./pcm.js";
+import { Resampler } from "./resampler.js";
+import { Source } from "./source.js";
+
+const PIECE_S = 0.05;
+const WANTED = {
+  echoCancellation: true,
+  noiseSuppression: true,
+  autoGainControl: true,
+  channelCount: 1,
+};
+const REASONS = {
+  NotAllowedError: "permission",
+  SecurityError: "permission",
+  NotFoundError: "missing",
+  OverconstrainedError: "missing",
+  NotReadableError: "busy",
+  AbortError: "busy",
+};
+
+/** Why there is no microphone: "permission", "missing", "busy", "insecure" or "failed". */
+export class MicrophoneError extends Error {
+  constructor(reason, cause) {
+    super(cause?.message ?? reason, { cause });
+    this.reason = reason;
+  }
+}
+
+/** Tells "piece" {pcm (24 kHz), level} every 50 ms, and "lost" when the device goes away. */
+export class Microphone extends Source {
+  #stream;
+  #context;
+
+  /** context: running at 24 kHz. Raises MicrophoneError. */
+  static async open(context) {
+    if (!navigator.mediaDevices?.getUserMedia) throw new MicrophoneError("insecure");
+    try {
+      const stream = await navigator.mediaDevices.getUserMedia({ audio: WANTED });
+      const microphone = new Microphone(stream);
+      await microphone.#listen(context);
+      return microphone;
+    } catch (error) {
+      throw new MicrophoneError(REASONS[error.name] ?? "failed", error);
+    }
+  }
+
+  constructor(stream) {
+    super();
+    this.#stream = stream;
+    for (const track of stream.getTracks()) {
+      track.addEventListener("ended", () => this.emit("lost"));
+    }
+  }
+
+  close() {
+    for (const track of this.#stream.getTracks()) track.stop();
+    this.#context?.close();
+  }
+
+  async #listen(context) {
+    try {
+      await this.#connect(context, (floats) => floats);
+    } catch (error) {
+      if (error.name !== "NotSupportedError") throw error;
+      await this.#listenAtItsRate(); // some browsers join no context of another rate
+    }
+  }
+
+  async #listenAtItsRate() {
+    this.#context = new AudioContext();
+    const resampler = new Resampler(this.#context.sampleRate, RATE_HZ);
+    await this.#connect(this.#context, (floats) => resampler.push(floats));
+  }
+
+  async #connect(context, resampled) {
+    const source = context.createMediaStreamSource(this.#stream);
+    await context.audioWorklet.addModule("/page/microphone-worklet.js");
+    const node = new AudioWorkletNode(context, "microphone", {
+      numberOfOutputs: 0,
+      processorOptions: { samples: Math.round(PIECE_S * context.sampleRate) },
+    });
+    node.port.onmessage = ({ data }) => this.#hear(resampled(data));
+    source.connect(node);
+  }
+
+  #hear(floats) {
+    this.emit("piece", { pcm: toPcm(floats), level: loudness(floats) });
+  }
+}

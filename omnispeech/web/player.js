@@ -1,0 +1,82 @@
+import { milliseconds, toFloats } from "./pcm.js";
+import { Source } from "./source.js";
+
+/**
+ * Plays replies without a gap, in the order of their sound.
+ *
+ * Tells "progress" {item, playedMs, gaps, missingMs, level, finished}.
+ */
+export class Player extends Source {
+  #node;
+  #context;
+  #stopping = null;
+
+  /** context: running at 24 kHz */
+  static async create(context) {
+    await context.audioWorklet.addModule("/page/player-worklet.js");
+    return new Player(context);
+  }
+
+  constructor(context) {
+    super();
+    this.#context = context;
+    this.#node = new AudioWorkletNode(context, "player", {
+      numberOfInputs: 0,
+      outputChannelCount: [1],
+    });
+    this.#node.port.onmessage = ({ data }) => this.#heard(data);
+    this.#node.connect(context.destination);
+    this.active = false; // something is being played, or waits to be
+  }
+
+  push(item, pcm) {
+    const floats = toFloats(pcm);
+    this.active = true;
+    this.#node.port.postMessage({ type: "push", item, floats }, [floats.buffer]);
+  }
+
+  /** No more sound of this reply will come: when it runs out, that is its end and no gap. */
+  end(item) {
+    this.#node.port.postMessage({ type: "end", item });
+  }
+
+  /** Silence at once. Gives [{item, playedMs}] of the replies that were cut. */
+  stop() {
+    this.#stopping ??= Promise.withResolvers();
+    this.#node.port.postMessage({ type: "stop" });
+    return this.#stopping.promise;
+  }
+
+  #heard(message) {
+    if (message.type === "stopped") this.#stopped(message.cut);
+    else this.#progress(message);
+  }
+
+  #stopped(cut) {
+    this.active = false;
+    this.#stopping?.resolve(
+      cut.map(({ item, played }) => ({ item, playedMs: this.#audible(played) })),
+    );
+    this.#stopping = null;
+    this.emit("stopped");
+  }
+
+  #progress({ item, played, queued, gaps, missing, level, finished, left }) {
+    this.active = left > 0;
+    this.emit("progress", {
+      item,
+      playedMs: this.#audible(played),
+      queuedMs: milliseconds(queued),
+      gaps,
+      missingMs: milliseconds(missing),
+      level: finished ? 0 : level,
+      finished,
+    });
+  }
+
+  // What the device still holds has not been heard.
+  #audible(played) {
+    const latencyS = this.#context.outputLatency || this.#context.baseLatency || 0;
+    return Math.max(0, Math.floor(milliseconds(played) - 1000 * latencyS));
+  }
+}

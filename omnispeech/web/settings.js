@@ -1,0 +1,94 @@
+import { Source } from "./source.js";
+
+const KEPT_AS = "omnispeech.settings";
+
+/** The form of settings, kept by the browser. Tells "changed", and "mode" (hands-free or push). */
+export class Settings extends Source {
+  #form;
+
+  constructor(form) {
+    super();
+    this.#form = form;
+    this.#restore();
+    this.#showValues();
+    for (const field of form.elements) {
+      field.addEventListener("input", () => this.#showValues());
+      field.addEventListener("change", () => this.#changed(field));
+    }
+    form.addEventListener("submit", (event) => event.preventDefault());
+  }
+
+  get mode() {
+    return this.#form.elements.mode.value;
+  }
+
+  set mode(mode) {
+    this.#form.elements.mode.value = mode;
+    this.#keep();
+    this.emit("mode", mode);
+  }
+
+  /** As session.update wants them. */
+  get session() {
+    const field = (name) => this.#form.elements[name];
+    const input = { turn_detection: this.mode === "push" ? null : this.#detection() };
+    if (!field("transcription").disabled) {
+      input.transcription = field("transcription").checked ? { model: "omnispeech" } : null;
+    }
+    return {
+      instructions: field("instructions").value.trim(),
+      output_modalities: [field("modality").value],
+      max_output_tokens: Number(field("tokens").value),
+      temperature: Number(field("temperature").value),
+      audio: { input, output: { voice: field("voice").value } },
+    };
+  }
+
+  /** What the server says of itself: its voice, and what it cannot do. */
+  fit({ audio, unsupported = {} }) {
+    const { voice, transcription } = this.#form.elements;
+    if (![...voice.options].some((option) => option.value === audio.output.voice)) {
+      voice.replaceChildren(new Option(audio.output.voice));
+    }
+    voice.value = audio.output.voice;
+    transcription.disabled = "audio.input.transcription" in unsupported;
+    if (transcription.disabled) transcription.checked = false;
+    this.#form.querySelector("#transcription-note").hidden = !transcription.disabled;
+  }
+
+  #detection() {
+    const field = (name) => Number(this.#form.elements[name].value);
+    return {
+      type: "server_vad",
+      threshold: field("threshold"),
+      silence_duration_ms: field("silence"),
+    };
+  }
+
+  #changed(target) {
+    this.#keep();
+    if (target.name === "mode") this.emit("mode", this.mode);
+    else this.emit("changed");
+  }
+
+  #showValues() {
+    for (const output of this.#form.querySelectorAll("output")) {
+      const input = this.#form.elements[output.htmlFor[0]];
+      output.value = `${input.value}${output.dataset.unit ?? ""}`;
+    }
+  }
+
+  #keep() {
+    const values = Object.fromEntries(new FormData(this.#form));
+    localStorage.setItem(KEPT_AS, JSON.stringify(values));
+  }
+
+  #restore() {
+    const values = JSON.parse(localStorage.getItem(KEPT_AS) ?? "{}");
+    for (const [name, value] of Object.entries(values)) {
+      const field = this.#form.elements[name];
+      if (field?.type === "checkbox") field.checked = true;
+      else if (field && name !== "voice") field.value = value; // the server names its voices
+    }
+  }
+}
