@@ -1,11 +1,11 @@
-"""Measures: python bench.py [replies | quantize | model | fronts | start], each with --help.
+"""Measures: python bench.py NAME, each with --help.
 
-Without a name: replies.
+replies (without a name), quantize, model, fronts, start, turns, talks
 """
 
 import sys
 
-from benchmarks import fronts, model_speed, quantize, replies, start
+from benchmarks import fronts, model_speed, quantize, replies, start, talks, turns
 
 COMMANDS = {
     "replies": replies.main,
@@ -13,6 +13,8 @@ COMMANDS = {
     "model": model_speed.main,
     "fronts": fronts.main,
     "start": start.main,
+    "turns": turns.main,
+    "talks": talks.main,
 }
 
 

@@ -1,0 +1,347 @@
+"""People who talk to a server, each by one protocol: they interrupt, lose connections, leave."""
+
+import asyncio
+import json
+import random
+import time
+from base64 import b64decode, b64encode
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import numpy as np
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
+
+from omnispeech.audio.io import encode_wav, pcm16_from_samples
+from omnispeech.audio.resample import Resampler, Samples
+
+RATE_HZ = 24_000  # of the sound on /v1/realtime
+HEARS_HZ = 16_000  # of /ws/stream
+FRAME_S = 0.04
+INTERRUPTION_S = 1.2
+STALL_S = 2.0  # without sound, while a listener has nothing left to hear
+LONGEST_S = 60.0  # for one step of a turn
+MANUAL = {"type": "realtime", "audio": {"input": {"turn_detection": None}}}
+
+
+class Wrong(Exception):
+    """What must not happen."""
+
+
+@dataclass(slots=True)
+class Notes:
+    """What all talkers saw."""
+
+    turns: dict[str, int] = field(default_factory=dict)
+    interrupted: int = 0
+    lost: int = 0
+    resumed: int = 0
+    first_audio_s: list[float] = field(default_factory=list)
+    dry_s: list[float] = field(default_factory=list)  # of each whole reply
+    longest_gap_s: float = 0.0
+    wrong: list[str] = field(default_factory=list)
+
+    def turn(self, protocol: str) -> None:
+        self.turns[protocol] = self.turns.get(protocol, 0) + 1
+
+
+@dataclass(slots=True)
+class Listener:
+    """Plays from the first piece of sound on, and notes how long there was nothing to play."""
+
+    notes: Notes
+    asked_s: float = field(default_factory=time.monotonic)
+    heard_until_s: float = 0.0
+    dry_s: float = 0.0
+
+    def hear(self, seconds: float) -> None:
+        now_s = time.monotonic()
+        if not self.heard_until_s:
+            self.notes.first_audio_s.append(now_s - self.asked_s)
+            self.heard_until_s = now_s
+        gap_s = max(0.0, now_s - self.heard_until_s)
+        self.dry_s += gap_s
+        self.notes.longest_gap_s = max(self.notes.longest_gap_s, gap_s)
+        self.heard_until_s = max(self.heard_until_s, now_s) + seconds
+
+    def end(self) -> None:
+        if self.heard_until_s:
+            self.notes.dry_s.append(self.dry_s)
+        if self.dry_s > STALL_S:
+            raise Wrong(f"a reply stalled: {self.dry_s:.1f} s without sound")
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self.heard_until_s - time.monotonic())
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """One spoken question in the forms that the protocols want."""
+
+    samples: Samples  # [N] at 16 kHz
+
+    @property
+    def wav(self) -> bytes:
+        return encode_wav(pcm16_from_samples(self.samples), HEARS_HZ)
+
+    def pcm(self, rate_hz: int) -> bytes:
+        resampler = Resampler(HEARS_HZ, rate_hz)
+        whole = np.concatenate([resampler.push(self.samples), resampler.finish()])
+        return pcm16_from_samples(whole)
+
+
+class Microphone:
+    """Sends sound in real time, as one does: what is said, else silence."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self._socket = socket
+        self._frames: deque[bytes] = deque()
+        self._task = asyncio.create_task(self._run())
+
+    def say(self, pcm: bytes) -> None:
+        step = int(FRAME_S * RATE_HZ) * 2
+        self._frames.extend(pcm[place : place + step] for place in range(0, len(pcm), step))
+
+    async def stop(self) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def _run(self) -> None:
+        silence, due_s = bytes(int(FRAME_S * RATE_HZ) * 2), time.monotonic()
+        with suppress(ConnectionClosed):
+            while True:
+                pcm = self._frames.popleft() if self._frames else silence
+                await send(self._socket, "input_audio_buffer.append", audio=in_base64(pcm))
+                due_s += FRAME_S
+                await asyncio.sleep(max(0.0, due_s - time.monotonic()))
+
+
+class RealtimeTalker:
+    """One talk of many turns on /v1/realtime, hands-free or by its own commits."""
+
+    def __init__(self, url: str, speech: Speech, notes: Notes, chance: random.Random) -> None:
+        self._url = f"{url.replace('http', 'ws', 1)}/v1/realtime"
+        self._pcm = speech.pcm(RATE_HZ)
+        self._notes = notes
+        self._chance = chance
+        self._session = ""
+
+    async def talk(self, until_s: float, *, hands_free: bool) -> None:
+        """Over as many connections as it takes: some are lost in the middle."""
+        while time.monotonic() < until_s:
+            async with self._connected() as socket:
+                if hands_free:
+                    await self._speak_freely(socket, until_s)
+                else:
+                    await self._press_to_talk(socket, until_s)
+        async with self._connected():
+            pass  # an ordinary goodbye
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[ClientConnection]:
+        before = self._session
+        async with connect(self._url + (f"?resume={before}" if before else "")) as socket:
+            self._session = (await awaited(socket, "session.created"))["session"]["id"]
+            if before and self._session != before:
+                raise Wrong("a talk was not taken up again")
+            self._notes.resumed += bool(before)
+            yield socket
+
+    async def _lose(self, socket: ClientConnection) -> None:
+        """As a phone does that leaves its network; the talk must be there afterwards."""
+        socket.transport.abort()
+        await socket.wait_closed()
+        self._notes.lost += 1
+        await asyncio.sleep(self._chance.uniform(0.1, 3.0))
+
+    async def _speak_freely(self, socket: ClientConnection, until_s: float) -> None:
+        microphone = Microphone(socket)
+        try:
+            while time.monotonic() < until_s and self._chance.random() > 0.1:
+                await self._spoken_turn(socket, microphone)
+                await asyncio.sleep(self._chance.uniform(0.2, 2.0))
+        finally:
+            await microphone.stop()
+        await self._lose(socket)
+
+    async def _spoken_turn(self, socket: ClientConnection, microphone: Microphone) -> None:
+        """The server finds the end. Sometimes a second question cuts the reply to the first."""
+        cutting = self._chance.random() < 0.3
+        microphone.say(self._pcm)
+        await awaited(socket, "input_audio_buffer.committed")
+
+        async def interrupt() -> None:
+            microphone.say(self._pcm[: int(INTERRUPTION_S * RATE_HZ) * 2])
+
+        await self._listen(socket, "realtime, hands-free", interrupt if cutting else None)
+        if cutting:
+            await self._listen(socket, "realtime, hands-free", None)
+
+    async def _press_to_talk(self, socket: ClientConnection, until_s: float) -> None:
+        await send(socket, "session.update", session=MANUAL)
+        await awaited(socket, "session.updated")
+        while time.monotonic() < until_s and self._chance.random() > 0.1:
+            await send(socket, "input_audio_buffer.append", audio=in_base64(self._pcm))
+            await send(socket, "input_audio_buffer.commit")
+            await send(socket, "response.create")
+
+            async def interrupt() -> None:
+                await send(socket, "response.cancel")
+
+            cutting = self._chance.random() < 0.3
+            await self._listen(socket, "realtime, manual", interrupt if cutting else None)
+            await asyncio.sleep(self._chance.uniform(0.2, 2.0))
+        await self._lose(socket)
+
+    async def _listen(
+        self,
+        socket: ClientConnection,
+        protocol: str,
+        interrupt: Callable[[], Awaitable[None]] | None,
+    ) -> None:
+        """To the end of one reply; `interrupt` is done at its first sound."""
+        listener = Listener(self._notes)
+        async for event in events(socket):
+            if event["type"] == "response.output_audio.delta":
+                listener.hear(len(b64decode(event["delta"])) / 2 / RATE_HZ)
+                if interrupt:
+                    await interrupt()
+                    interrupt = None
+            elif event["type"] == "response.done":
+                self._ended(event["response"], listener)
+                break
+        self._notes.turn(protocol)
+        await asyncio.sleep(min(2.0, listener.left_s))
+
+    def _ended(self, response: dict[str, Any], listener: Listener) -> None:
+        if response["status"] == "failed":
+            raise Wrong(json.dumps(response["status_details"]))
+        if response["status"] == "cancelled":
+            self._notes.interrupted += 1
+        else:
+            listener.end()
+
+
+def in_base64(sound: bytes) -> str:
+    return b64encode(sound).decode()
+
+
+async def send(socket: ClientConnection, kind: str, **fields: Any) -> None:
+    await socket.send(json.dumps({"type": kind, **fields}))
+
+
+async def awaited(socket: ClientConnection, kind: str) -> dict[str, Any]:
+    async for event in events(socket):
+        if event["type"] == kind:
+            return event
+    raise Wrong(f"the connection ended before {kind}")
+
+
+async def events(socket: ClientConnection) -> AsyncIterator[dict[str, Any]]:
+    while True:
+        event = json.loads(await asyncio.wait_for(socket.recv(), LONGEST_S))
+        if event["type"] == "error" and event["error"]["code"] != "response_cancel_not_active":
+            raise Wrong(json.dumps(event["error"]))
+        yield event
+
+
+class RequestTalker:
+    """One question after the other over HTTP; leaves some replies before their end."""
+
+    def __init__(self, url: str, speech: Speech, notes: Notes, chance: random.Random) -> None:
+        self._client = httpx.AsyncClient(base_url=url, timeout=LONGEST_S, trust_env=False)
+        self._speech = speech
+        self._notes = notes
+        self._chance = chance
+
+    async def talk(self, until_s: float, *, protocol: str) -> None:
+        path, request, rate_hz = self._request(protocol)
+        async with self._client:
+            while time.monotonic() < until_s:
+                await self._ask(path, request, rate_hz)
+                self._notes.turn(protocol)
+                await asyncio.sleep(self._chance.uniform(0.2, 2.0))
+
+    def _request(self, protocol: str) -> tuple[str, dict[str, Any], int]:
+        """Path, body, and the rate of the PCM that comes back."""
+        if protocol == "speech":
+            return "/v1/speech?format=pcm", {"content": self._speech.wav}, 22_050
+        if protocol == "read aloud":
+            body = {"model": "omnispeech", "voice": "default", "response_format": "pcm"}
+            return "/v1/audio/speech", {"json": body | {"input": "one two three"}}, RATE_HZ
+        return "/v1/chat/completions", {"json": self._chat()}, RATE_HZ
+
+    def _chat(self) -> dict[str, Any]:
+        sound = {"data": in_base64(self._speech.wav), "format": "wav"}
+        question = {"role": "user", "content": [{"type": "input_audio", "input_audio": sound}]}
+        return {
+            "model": "omnispeech",
+            "modalities": ["text", "audio"],
+            "audio": {"voice": "default", "format": "pcm16"},
+            "messages": [question],
+            "stream": True,
+        }
+
+    async def _ask(self, path: str, request: dict[str, Any], rate_hz: int) -> None:
+        listener, leaving = Listener(self._notes), self._chance.random() < 0.2
+        async with self._client.stream("POST", path, **request) as response:
+            if response.is_error:
+                raise Wrong(f"{path}: {response.status_code} {(await response.aread())[:200]!r}")
+            async for pcm_bytes in sound_of(response):
+                listener.hear(pcm_bytes / 2 / rate_hz)
+                if leaving:
+                    self._notes.interrupted += 1
+                    return
+        listener.end()
+
+
+async def sound_of(response: httpx.Response) -> AsyncIterator[int]:
+    """Bytes of PCM as they come, of a raw stream or of server-sent events."""
+    if not response.headers["content-type"].startswith("text/event-stream"):
+        async for piece in response.aiter_raw():
+            yield len(piece)
+        return
+    async for line in response.aiter_lines():
+        if line.startswith("data: {"):
+            chunk = json.loads(line.removeprefix("data: "))
+            if "error" in chunk:
+                raise Wrong(json.dumps(chunk["error"]))
+            for choice in chunk["choices"]:
+                data = (choice["delta"].get("audio") or {}).get("data")
+                if data:
+                    yield len(b64decode(data))
+
+
+class WindowTalker:
+    """/ws/stream: sound in, a trigger, sound out."""
+
+    def __init__(self, url: str, speech: Speech, notes: Notes, chance: random.Random) -> None:
+        self._url = f"{url.replace('http', 'ws', 1)}/ws/stream?events=1"
+        self._pcm = speech.pcm(HEARS_HZ)
+        self._notes = notes
+        self._chance = chance
+
+    async def talk(self, until_s: float) -> None:
+        async with connect(self._url) as socket:
+            while time.monotonic() < until_s:
+                await socket.send(self._pcm)
+                await socket.send(json.dumps({"type": "trigger_response"}))
+                await self._listen(socket)
+                self._notes.turn("ws/stream")
+                await asyncio.sleep(self._chance.uniform(0.2, 2.0))
+
+    async def _listen(self, socket: ClientConnection) -> None:
+        listener = Listener(self._notes)
+        while True:
+            frame = await asyncio.wait_for(socket.recv(), LONGEST_S)
+            if isinstance(frame, bytes):
+                listener.hear((len(frame) - 48) / 2 / 22_050)  # 4 of length, 44 of WAV header
+            elif (event := json.loads(frame))["type"] == "error":
+                raise Wrong(event["message"])
+            elif event["type"] == "end":
+                return listener.end()
