@@ -1,6 +1,7 @@
-"""Live conversations held by the realtime clients of others, unmodified, in environments of their own.
+"""Live conversations held by the realtime clients of others, unmodified.
 
-Each environment is named by a variable: OMNISPEECH_TEST_LIVEKIT=/path/to/its/python
+Each runs in an environment of its own, named by a variable:
+OMNISPEECH_TEST_LIVEKIT=/path/to/its/python
 """
 
 import json
@@ -18,8 +19,8 @@ import soxr
 
 from omnispeech.config import TalkConfig
 from omnispeech.engine.events import Audio, Event, Message, Text, TextDelta, ToolCall, TurnRequest
-from tests.fake_engine import RATE_HZ, FakeEngine, Step, serving, sound
 from tests.fake_engine import DONE as CUT
+from tests.fake_engine import RATE_HZ, FakeEngine, Step, serving, sound
 
 INTEROP = Path(__file__).parent / "interop"
 QUESTION = Path(__file__).parent.parent / "examples" / "question.wav"

@@ -46,7 +46,7 @@ class LiveResampler:
         if self._passes:
             return samples
         self._pushed += len(samples)
-        self._sound = np.concatenate([self._sound, samples])
+        self._sound = np.concatenate([self._sound, samples], dtype=np.float32)
         # an output between the inputs i and i + 1 reads up to input i + half
         return self._make(_ceil((self._pushed - self._half) * self._up, self._down))
 
