@@ -15,6 +15,7 @@ COMMANDS = {
     "scale": "serve it with many replicas (Ray Serve)",
     "say": "ask a server one spoken question",
     "chat": "talk with a server in the terminal",
+    "key": "make an API key",
     "tiny": "write small random checkpoints",
     "parity": "compare with golden numbers of the originals",
     "train-bridge": "fit WavLM to a checkpoint, from audio without labels",

@@ -1,16 +1,14 @@
-"""Talks to a server from the terminal: one question in a file, or a whole conversation."""
+"""Asks a server one question from the terminal, and what every command that talks needs."""
 
 import base64
-import io
 import json
 import os
 import sys
 import time
-import wave
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from http import HTTPStatus
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,12 @@ import httpx
 
 from omnispeech.audio.io import encode_wav
 from omnispeech.errors import OmniSpeechError
-from omnispeech.microphone import find_sounddevice, playing, record
 
 DEFAULT_SERVER = "http://127.0.0.1:8000"
+KEY_VARIABLE = "OMNISPEECH_API_KEY"
+ASK_FOR_KEY = f"; set {KEY_VARIABLE} to a key of this server"
 # A healthy reply may take long: only the connection itself is waited for with a limit.
 TIMEOUT = httpx.Timeout(None, connect=10.0)
-
-Play = Callable[[bytes, int], None]
 
 
 class ClientError(OmniSpeechError):
@@ -113,57 +110,6 @@ def check_reply(reply: Path) -> None:
         raise ClientError(f"the folder {reply.parent} does not exist; make it, or give -o another")
 
 
-def chat(server: str, files: Sequence[Path] = (), *, sampling: Sampling = DEFAULT_SAMPLING) -> int:
-    """A conversation with its whole history. The questions are `files`; without any, the
-    microphone or, where there is none, files that are asked for."""
-    messages: list[dict[str, Any]] = []
-    status = 0
-    for number, question in enumerate(questions(files), 1):
-        try:
-            sound = {"audio": base64.b64encode(question()).decode()}
-            asked = [*messages, {"role": "user", "content": [sound]}]
-            answer = converse(asked, server, sampling, Path(f"reply-{number}.wav"))
-        except (OmniSpeechError, OSError) as exc:
-            status = complain(exc)
-            continue
-        messages = asked
-        if answer.text:
-            messages.append({"role": "assistant", "content": answer.text})
-    return status
-
-
-def questions(files: Sequence[Path]) -> Iterator[Callable[[], bytes]]:
-    """Each gives the bytes of a sound file when it is called."""
-    microphone = None if files else find_sounddevice("input")
-    if files:
-        yield from (partial(read_sound, path) for path in files)
-    elif microphone:
-        while typed("Enter starts the recording, quit ends: ") is not None:
-            yield partial(record, microphone, lambda: typed("recording; Enter stops it "))
-    else:
-        while (path := typed("sound file, or quit: ")) is not None:
-            if path:
-                yield partial(read_sound, Path(path))
-            else:
-                show("type the name of a sound file, or quit\n")
-
-
-def converse(
-    messages: list[dict[str, Any]], server: str, sampling: Sampling, reply: Path
-) -> Answer:
-    """The reply is played, or written where nothing can play it."""
-    if speaker := find_sounddevice("output"):
-        with playing(speaker) as play:
-            answer = generate(messages, server, sampling, play)
-        show(answer.report() + "\n")
-        return answer
-    answer = generate(messages, server, sampling)
-    if answer.pcm:
-        reply.write_bytes(encode_wav(answer.pcm, answer.rate_hz))
-    show(f"{reply}: {answer.report()}\n")
-    return answer
-
-
 def ask(sound: bytes, server: str, sampling: Sampling) -> Answer:
     """POST /v1/speech?format=events"""
     answer = Answer()
@@ -181,46 +127,48 @@ def ask(sound: bytes, server: str, sampling: Sampling) -> Answer:
     raise ServerError("the reply broke off before its end")
 
 
-def generate(
-    messages: list[dict[str, Any]], server: str, sampling: Sampling, play: Play | None = None
-) -> Answer:
-    """POST /worker_generate_stream"""
-    answer = Answer()
-    body = {"messages": messages, **sampling.given()}
-    with posted(server, "/worker_generate_stream", json=body) as response:
-        for item in objects(response.iter_bytes()):
-            if item["error_code"]:
-                raise ServerError(item.get("reason", item["text"]))
-            answer.add_text(item["text"][len(answer.text) :])
-            if item["audio"]:
-                pcm, rate_hz = unpacked(base64.b64decode(item["audio"]))
-                answer.add_audio(pcm, rate_hz)
-                if play:
-                    play(pcm, rate_hz)
-            if item["finalize"]:
-                return answer.ended()
-    raise ServerError("the reply broke off before its end")
-
-
 @contextmanager
 def posted(server: str, path: str, **request: Any) -> Iterator[httpx.Response]:
     """A streaming POST; whatever goes wrong is a ServerError of one line."""
-    url = (server if "://" in server else f"http://{server}").rstrip("/") + path
+    url = with_scheme(server) + path
     try:
         with httpx.stream(
-            "POST", url, timeout=TIMEOUT, trust_env=not is_loopback(url), **request
+            "POST",
+            url,
+            headers=credentials(),
+            timeout=TIMEOUT,
+            trust_env=not is_loopback(url),
+            **request,
         ) as response:
             if response.is_error:
                 response.read()
-                raise ServerError(f"the server refused ({response.status_code}): {_why(response)}")
+                advice = ASK_FOR_KEY if response.status_code == HTTPStatus.UNAUTHORIZED else ""
+                why = f"{_why(response)}{advice}"
+                raise ServerError(f"the server refused ({response.status_code}): {why}")
             yield response
     except (httpx.ConnectError, httpx.ConnectTimeout) as exc:
-        raise ServerError(
-            f"no server answers at {server} ({exc}); "
-            "start one with: python model_worker.py --models DIR"
-        ) from exc
+        raise no_server(server, exc) from exc
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         raise ServerError(f"{url}: the connection failed: {exc}") from exc
+
+
+def with_scheme(server: str) -> str:
+    return (server if "://" in server else f"http://{server}").rstrip("/")
+
+
+def no_server(server: str, exc: Exception) -> ServerError:
+    why = str(exc) or "nothing came within the time limit"
+    return ServerError(
+        f"no server answers at {server} ({why}); "
+        "start one with: python model_worker.py --models DIR"
+    )
+
+
+def credentials() -> dict[str, str]:
+    """The key comes from the environment: on a command line others of this machine could read it.
+    Of several, as a server takes them, the first."""
+    key = os.environ.get(KEY_VARIABLE, "").partition(",")[0].strip()
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def is_loopback(url: str) -> bool:
@@ -249,19 +197,6 @@ def server_sent(lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield name, json.loads(line.removeprefix("data: "))
 
 
-def objects(pieces: Iterable[bytes]) -> Iterator[dict[str, Any]]:
-    """JSON objects, each followed by a NUL, in pieces of any length."""
-    rest = b""
-    for piece in pieces:
-        *whole, rest = (rest + piece).split(b"\0")
-        yield from map(json.loads, whole)
-
-
-def unpacked(wav: bytes) -> tuple[bytes, int]:
-    with wave.open(io.BytesIO(wav)) as file:
-        return file.readframes(file.getnframes()), file.getframerate()
-
-
 def read_sound(path: Path) -> bytes:
     try:
         return path.expanduser().read_bytes()
@@ -269,16 +204,6 @@ def read_sound(path: Path) -> bytes:
         raise ClientError(f"{path} does not exist; name a sound file") from exc
     except IsADirectoryError as exc:
         raise ClientError(f"{path} is a folder; name a sound file") from exc
-
-
-def typed(prompt: str) -> str | None:
-    """A line; None when the conversation is to end."""
-    try:
-        line = input(prompt).strip()
-    except (EOFError, KeyboardInterrupt):
-        show("\n")
-        return None
-    return None if line == "quit" else line
 
 
 def show(text: str) -> None:

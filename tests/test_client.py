@@ -1,27 +1,23 @@
-import json
-import sys
 import threading
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import numpy as np
 import pytest
 import soundfile
+from access_keys import ALICE, BOB, key_file
 from fake_engine import DONE, RATE_HZ, FakeEngine, serving, sound, sound_file, tone
 
-from omnispeech.client import Sampling, chat, default_server, objects, say, server_sent
-from omnispeech.engine.events import Audio, Text, TextDelta
+from omnispeech.client import Sampling, default_server, say, server_sent
+from omnispeech.config import AccessConfig
+from omnispeech.engine.events import TextDelta
 from omnispeech.errors import GenerationError, Overloaded
 
 NOWHERE = "http://127.0.0.1:9"
 
 
 @pytest.fixture(autouse=True)
-def without_sound_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "sounddevice", None)
+def in_an_empty_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -32,17 +28,20 @@ def question(tmp_path: Path) -> Path:
     return path
 
 
-def typing(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
-    """What the person types; after the last line the input ends."""
-    rest = iter(lines)
-
-    def typed(prompt: str) -> str:
-        line = next(rest, None)
-        if line is None:
-            raise EOFError
-        return line
-
-    monkeypatch.setattr("builtins.input", typed)
+def test_say_brings_the_key_of_the_environment(
+    question: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("OMNISPEECH_API_KEY", raising=False)
+    access = AccessConfig(api_keys=str(key_file(tmp_path, alice=ALICE)))
+    with serving(FakeEngine(), access=access) as url:
+        assert say(question, Path("reply.wav"), url) == 1
+        assert "refused (401): an API key is needed" in (told := capsys.readouterr().err)
+        assert told.endswith("set OMNISPEECH_API_KEY to a key of this server\n")
+        monkeypatch.setenv("OMNISPEECH_API_KEY", f"{ALICE},{BOB}")
+        assert say(question, Path("reply.wav"), url) == 0
 
 
 def test_say_shows_the_text_and_timings_and_writes_the_reply(
@@ -155,139 +154,11 @@ def test_a_reply_that_cannot_be_written_is_told_before_the_server_is_asked(
     assert engine.requests == []
 
 
-def test_chat_tells_a_missing_file_and_an_empty_line_plainly_and_goes_on(
-    question: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    typing(monkeypatch, "", "none.wav", ".", str(question), "quit")
-    engine = FakeEngine()
-    with serving(engine) as url:
-        assert chat(url) == 1
-    assert len(engine.requests) == 1
-    shown = capsys.readouterr()
-    assert shown.err.splitlines() == [
-        "omnispeech: none.wav does not exist; name a sound file",
-        "omnispeech: . is a folder; name a sound file",
-    ]
-    assert "type the name of a sound file, or quit" in shown.out
-
-
 def test_the_server_is_taken_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMNISPEECH_SERVER", raising=False)
     assert default_server() == "http://127.0.0.1:8000"
     monkeypatch.setenv("OMNISPEECH_SERVER", "http://elsewhere:1")
     assert default_server() == "http://elsewhere:1"
-
-
-def test_chat_keeps_the_history_of_both_sides(question: Path) -> None:
-    engine = FakeEngine()
-    with serving(engine) as url:
-        assert chat(url, [question, question]) == 0
-    first, second = (request.messages for request in engine.requests)
-    assert [message.role for message in first] == ["user"]
-    assert [message.role for message in second] == ["user", "assistant", "user"]
-    assert second[1].content == (Text("Hello"),)
-    assert all(isinstance(second[n].content[0], Audio) for n in (0, 2))
-
-
-def test_chat_writes_numbered_replies_where_nothing_can_play_them(question: Path) -> None:
-    with serving(FakeEngine()) as url:
-        chat(url + "/", [question, question])
-    for number in (1, 2):
-        samples, rate_hz = soundfile.read(f"reply-{number}.wav", dtype="int16")
-        assert (rate_hz, samples.tolist()) == (RATE_HZ, list(range(800)))
-
-
-@pytest.mark.parametrize("last", [["quit"], []])
-def test_chat_asks_for_files_until_quit_or_the_end_of_input(
-    question: Path, last: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    typing(monkeypatch, str(question), str(question), *last)
-    engine = FakeEngine()
-    with serving(engine) as url:
-        assert chat(url) == 0
-    assert len(engine.requests) == 2
-
-
-def test_chat_goes_on_after_an_error_and_forgets_the_failed_turn(
-    question: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    engine = FakeEngine(TextDelta("a"), GenerationError("the device failed"))
-
-    def mend(*_: object) -> int:
-        engine.steps = (TextDelta("a"), DONE)
-        return len(engine.requests)
-
-    monkeypatch.setattr(sys.stderr, "write", mend)
-    with serving(engine) as url:
-        assert chat(url, [question, question]) == 1
-    assert [len(request.messages) for request in engine.requests] == [1, 1]
-
-
-def test_chat_without_a_server_is_status_1(
-    question: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert chat(NOWHERE, [question]) == 1
-    assert "no server answers" in capsys.readouterr().err
-
-
-def fake_sounddevice(played: list[bytes]) -> SimpleNamespace:
-    """A microphone that hears a tone, and a loudspeaker that remembers."""
-
-    class Stream:
-        def __init__(self, callback: Callable[..., None] | None = None, **_: object) -> None:
-            if callback:
-                callback((tone(0.1) * 32767).astype("<i2").tobytes(), 1600, None, None)
-
-        def __enter__(self) -> "Stream":
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def write(self, pcm: bytes) -> None:
-            played.append(pcm)
-
-    return SimpleNamespace(
-        query_devices=lambda kind: {"name": kind},
-        PortAudioError=OSError,
-        RawInputStream=Stream,
-        RawOutputStream=Stream,
-    )
-
-
-def test_chat_records_and_plays_where_there_are_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    played: list[bytes] = []
-    monkeypatch.setitem(sys.modules, "sounddevice", fake_sounddevice(played))
-    typing(monkeypatch, "", "", "quit")
-    engine = FakeEngine()
-    with serving(engine) as url:
-        assert chat(url) == 0
-    assert b"".join(played) == sound(800).pcm
-    assert len(engine.heard[0].content[0].samples) == 1600
-    assert not Path("reply-1.wav").exists()
-
-
-def test_a_machine_without_a_microphone_is_asked_for_files(
-    question: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    device = fake_sounddevice([])
-
-    def no_devices(kind: str) -> None:
-        raise ValueError("no device")
-
-    device.query_devices = no_devices
-    monkeypatch.setitem(sys.modules, "sounddevice", device)
-    typing(monkeypatch, str(question), "quit")
-    with serving(FakeEngine()) as url:
-        assert chat(url) == 0
-    assert Path("reply-1.wav").exists()
-
-
-@pytest.mark.parametrize("size", [1, 3, 1000])
-def test_objects_are_found_however_the_stream_is_cut(size: int) -> None:
-    wanted = [{"text": "a"}, {"text": "é\0"}, {}]
-    stream = b"".join(json.dumps(item).encode() + b"\0" for item in wanted)
-    pieces = [stream[at : at + size] for at in range(0, len(stream), size)]
-    assert list(objects(pieces)) == wanted
 
 
 def test_other_lines_of_an_event_stream_are_skipped() -> None:
@@ -319,11 +190,3 @@ def test_proxies_are_not_asked_for_this_machine(
     with serving(FakeEngine()) as url:
         assert say(question, Path("reply.wav"), url) == 0
         assert say(question, Path("reply.wav"), url.replace("127.0.0.1", "localhost")) == 0
-
-
-def test_history_audio_is_the_file_as_it_was_read(question: Path) -> None:
-    engine = FakeEngine()
-    with serving(engine) as url:
-        chat(url, [question])
-    samples = engine.heard[0].content[0].samples
-    np.testing.assert_allclose(samples, tone(0.2), atol=1e-4)

@@ -17,6 +17,7 @@ import pytest
 from controller_server import (
     Controller,
     controller_on_loopback,
+    until,
     worker_on_loopback,
 )
 from fake_engine import DONE, FakeEngine, call
@@ -407,13 +408,6 @@ def test_what_is_no_url_is_refused(name: str, url: str) -> None:
 
 
 # Over sockets: our server, the controller, and clients of the controller.
-
-
-def until(true: Callable[[], object], within_s: float = 10.0) -> None:
-    end_s = time.monotonic() + within_s
-    while not true():
-        assert time.monotonic() < end_s
-        time.sleep(0.01)
 
 
 def spoken(url: str) -> list[dict[str, Any]]:

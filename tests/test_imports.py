@@ -22,19 +22,20 @@ MAY_IMPORT = {
     "json_file": {"errors"},
     "phases": set(),
     "logs": set(),
-    "prompt": BASE | {"json_file"},
+    "chat_template": BASE | {"json_file"},
+    "prompt": BASE | {"chat_template", "json_file"},
     "audio": BASE,
     "layers": BASE,
     "models": BASE | {"layers"},
     "checkpoint": BASE | {"json_file", "layers", "models", "phases", "prompt"},
     "download": BASE | {"checkpoint", "config_reader", "json_file"},
     "tiny": BASE | {"checkpoint", "layers", "models", "prompt"},
-    "calibration": BASE | {"audio", "checkpoint", "json_file", "prompt"},
+    "calibration": BASE | {"audio", "chat_template", "checkpoint", "json_file"},
     "quantization": BASE | {"calibration", "checkpoint", "json_file", "layers", "models"},
     "engine": BASE | {"audio", "layers", "models", "phases", "prompt"},
-    "server": BASE | {"audio", "engine.events"},
-    "microphone": BASE | {"audio"},
-    "client": BASE | {"audio", "microphone"},
+    "server": BASE | {"audio", "engine.events", "logs", "phases"},
+    "client": BASE | {"audio"},
+    "terminal": BASE | {"audio", "client"},
     "assembly": ANYTHING,
     "caches": set(),
     "deployment": ANYTHING,
@@ -60,10 +61,11 @@ NO_TORCH = (
     "json_file",
     "phases",
     "caches",
+    "chat_template",
     "prompt",
     "server",
     "client",
-    "microphone",
+    "terminal",
     "cli",
     "commands",
     "download",
@@ -74,6 +76,8 @@ NO_TORCH = (
 )
 NO_TORCH_FILES = {"engine/events.py", "engine/interleave.py", "engine/playback.py"}
 NO_TORCH_FILES |= {"engine/scheduler.py", "engine/session.py", "audio/io.py", "audio/resample.py"}
+NO_TORCH_FILES |= {"engine/reply_text.py", "engine/tool_calls.py"}
+NO_TORCH_FILES |= {"audio/formats.py", "audio/g711.py", "audio/polyphase.py", "audio/vad.py"}
 
 
 def part_of(path: Path) -> str:
