@@ -43,15 +43,19 @@ class Lines(logging.Handler):
 @contextmanager
 def logged(*formatters: logging.Formatter, level: int = logging.INFO) -> Iterator[list[Lines]]:
     root = logging.getLogger()
-    before = root.level
+    # servers of other tests, in this process, have made uvicorn silent
+    loggers = [root, logging.getLogger("uvicorn.access"), logging.getLogger("uvicorn.error")]
+    before = [logger.level for logger in loggers]
     handlers = [Lines(formatter) for formatter in formatters]
     for handler in handlers:
         root.addHandler(handler)
-    root.setLevel(level)
+    for logger in loggers:
+        logger.setLevel(level)
     try:
         yield handlers
     finally:
-        root.setLevel(before)
+        for logger, its_level in zip(loggers, before, strict=True):
+            logger.setLevel(its_level)
         for handler in handlers:
             root.removeHandler(handler)
 

@@ -19,11 +19,10 @@ from omnispeech.checkpoint.models_directory import Sources, choose_sources
 from omnispeech.checkpoint.opens2s import Loading
 from omnispeech.checkpoint.prepared import Machine
 from omnispeech.checkpoint.tensor_file import Entry, TensorFile
-from omnispeech.config import DecoderConfig, EngineConfig, PlaceConfig, ServerConfig
 from omnispeech.deployment import prefetch
 from omnispeech.deployment.prefetch import Prefetch, Stretch, ahead, ready_copies, stretches
 from omnispeech.errors import CheckpointError
-from omnispeech.service import Settings, build_worker
+from omnispeech.service import build_worker, settings_of
 
 MACHINE = Machine(CPU)
 
@@ -208,10 +207,7 @@ def test_it_is_a_setting_of_a_start(
 ) -> None:
     seen: list[Sources] = []
     monkeypatch.setattr(prefetch, "ahead", lambda load, sources, *_, **__: seen.append(sources))
-    place = PlaceConfig(models=str(models), device="cpu", prefetch=wanted)
-    build_worker(
-        Settings(place=place, engine=EngineConfig(), decoder=DecoderConfig(), server=ServerConfig())
-    )
+    build_worker(settings_of({"models": str(models), "device": "cpu", "prefetch": wanted}, {}))
     assert [sources.llm for sources in seen] == [models / AWQ] * wanted
 
 

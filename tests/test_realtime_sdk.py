@@ -422,7 +422,9 @@ async def test_no_refusal_ends_the_session() -> None:
                 "response.conversation",
             ),
             (
-                lambda **k: sdk.session.update(session=MANUAL | {"tracing": {"group_id": "g"}}, **k),
+                lambda **k: sdk.session.update(
+                    session=MANUAL | {"tracing": {"group_id": "g"}}, **k
+                ),
                 "unsupported",
                 "session.tracing",
             ),
