@@ -143,7 +143,9 @@ def run_in_thread(server: uvicorn.Server, **where: Any) -> threading.Thread:
 
 @contextmanager
 def controller_on_loopback(app: Any, port: int = 0) -> Iterator[str]:
-    config = uvicorn.Config(app, port=port, log_level="critical", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        app, port=port, log_config=None, log_level="critical", timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(config)
     thread = run_in_thread(server)
     try:

@@ -109,7 +109,7 @@ def serving(
     """A real server on loopback; gives its address."""
     app = create_app(engine, ServerConfig(**settings), talk, access)
     frame = talk.max_frame_mb * 1_000_000
-    config = uvicorn.Config(app, port=0, log_level="critical", ws_max_size=frame)
+    config = uvicorn.Config(app, port=0, log_config=None, log_level="critical", ws_max_size=frame)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -319,6 +319,21 @@ async def test_one_reply_too_many_at_once_is_429_until_another_ends(tmp_path: Pa
     assert (await post(app, ALICE)).status_code == 200
 
 
+async def test_a_reply_that_found_no_place_is_no_request(tmp_path: Path) -> None:
+    go_on = threading.Event()
+    engine = FakeEngine(sound(5), go_on, DONE)
+    limits = "conversations = 1\nrequests_per_minute = 2"
+    app = app_behind(key_file(tmp_path, limits, alice=ALICE), engine)
+    first = asyncio.create_task(post(app, ALICE))
+    while not engine.requests:
+        await asyncio.sleep(0.001)
+    for _ in range(3):
+        assert "conversations at once" in (await post(app, ALICE)).text
+    go_on.set()
+    assert (await first).status_code == 200
+    assert (await post(app, ALICE)).status_code == 200
+
+
 async def test_one_talk_too_many_is_closed_with_1013_and_a_lost_one_leaves_its_place(
     tmp_path: Path,
 ) -> None:

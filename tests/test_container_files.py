@@ -193,6 +193,11 @@ def all_settings() -> list[Any]:
     return [f for config in CONFIGS for f in fields(config)]
 
 
+def test_compose_hands_on_who_may_come_in_and_https() -> None:
+    names = {"API_KEY", "API_KEYS", "TLS_CERTIFICATE", "TLS_KEY"}  # docs/security.md
+    assert {f"OMNISPEECH_{name}" for name in names} <= set(compose()["environment"])
+
+
 @pytest.mark.skipif(shutil.which("docker") is None, reason="needs docker")
 def test_docker_compose_takes_the_file() -> None:
     there = subprocess.run(["docker", "compose", "version"], capture_output=True)

@@ -198,6 +198,39 @@ async def test_one_connection_too_many_is_503_and_closed(few: int) -> None:
     assert error["type"] == "Overloaded" and "2 connections are open" in error["message"]
 
 
+async def test_who_has_sent_a_body_reads_why_nobody_listens(few: int) -> None:
+    body = bytes(1_000_000)
+    head = b"POST /v1/speech HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n"
+    for _ in range(5):  # a reset may come late
+        reader, writer = await asyncio.open_connection("127.0.0.1", few)
+        writer.write(head + body)
+        assert (await said(reader))[0] == 503
+        writer.close()
+
+
+async def test_of_a_crowd_as_many_as_there_is_room_for_are_answered() -> None:
+    with whole_server(AccessConfig(max_connections=5)) as port:
+        come = [await asyncio.open_connection("127.0.0.1", port) for _ in range(9)]
+        await asyncio.sleep(0.05)
+        for _, writer in come:
+            writer.write(b"GET /v1/speech/x HTTP/1.1\r\nHost: a\r\n\r\n")
+        lines = [await asyncio.wait_for(reader.readline(), 10) for reader, _ in come]
+        for _, writer in come:
+            writer.close()
+    assert sorted(int(line.split()[1]) for line in lines) == [404] * 5 + [503] * 4
+
+
+async def test_connections_too_many_are_counted() -> None:
+    with whole_server(AccessConfig(max_connections=1)) as port:
+        _, held = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.sleep(0.05)
+        assert (await asked(port, "/v1/speech/x"))[0] == 503
+        held.close()
+        await asyncio.sleep(0.05)
+        _, _, metrics = await asked(port, "/metrics", "Connection: close")
+    assert 'omnispeech_requests_total{route="none",status="503"} 1.0' in metrics
+
+
 async def test_as_many_as_there_may_be_are_answered() -> None:
     with whole_server(AccessConfig(max_connections=1)) as port:
         status, _, _ = await asked(port, "/v1/speech/x", "Connection: close")
@@ -229,6 +262,26 @@ async def test_a_head_that_does_not_come_ends_the_connection(head: bytes) -> Non
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(head)
         assert await asyncio.wait_for(reader.read(), 5) == b""
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "beginning",
+    [
+        b"GET /",
+        b"GET /health HTTP/1.1\r\nA: ",
+        b"POST /ready HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nA: ",
+    ],
+)
+async def test_a_head_without_end_ends_the_connection_at_once(beginning: bytes) -> None:
+    with whole_server(AccessConfig()) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(beginning)
+        with pytest.raises(ConnectionError):
+            for _ in range(100):
+                writer.write(b"a" * 65_536)
+                await writer.drain()
+                await asyncio.sleep(0.005)
         writer.close()
 
 

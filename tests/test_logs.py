@@ -13,10 +13,12 @@ from typing import Any
 
 import httpx
 import pytest
+from access_keys import ALICE, bearer, key_file
 from controller_server import Worker, until, worker_on_loopback
-from fake_engine import DONE, FakeEngine, Step, sound, sound_file, tone
+from fake_engine import DONE, FakeEngine, Step, serving, sound, sound_file, tone
 from websockets.sync.client import connect
 
+from omnispeech.config import AccessConfig
 from omnispeech.engine.events import TextDelta
 from omnispeech.errors import GenerationError, RequestError
 from omnispeech.logs import CONVERSATION, PATH, JsonLines, Level, TextLines, log_to_stdout
@@ -151,6 +153,15 @@ def test_a_reply_is_one_line_with_its_figures_and_the_id_its_caller_got() -> Non
 def replies(handler: Lines) -> list[dict[str, Any]]:
     told = [json.loads(text) for text in handler.lines]
     return [one for one in told if one["message"].startswith("reply: ")]
+
+
+def test_a_reply_names_its_key_and_never_says_it(tmp_path: Path) -> None:
+    access = AccessConfig(api_keys=str(key_file(tmp_path, alice=ALICE)))
+    with logged(JsonLines()) as (handler,), serving(FakeEngine(*REPLY), access=access) as url:
+        httpx.post(f"{url}/v1/speech", content=WAV, headers=bearer(ALICE))
+        until(lambda: replies(handler))
+    assert replies(handler)[0]["key"] == "alice"
+    assert ALICE not in "".join(handler.lines)
 
 
 def test_all_lines_of_a_request_have_its_id_and_those_of_others_another() -> None:

@@ -421,7 +421,12 @@ def test_values_that_ask_for_nothing_and_bookkeeping_are_taken() -> None:
     assert ask(FakeEngine(*WRITTEN), **neutral).choices[0].message.content == "Hello"
 
 
+def said(*parts: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": [*parts, {"type": "text", "text": "a"}]}]}
+
+
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+TONE = input_audio(sound_file(tone(0.2)))
 SPOKEN_SYSTEM = {"role": "system", "content": [input_audio(sound_file(tone(0.2)))]}
 
 
@@ -433,6 +438,14 @@ SPOKEN_SYSTEM = {"role": "system", "content": [input_audio(sound_file(tone(0.2))
         ({"messages": [{"role": "user", "content": ""}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        (said(TONE | {"text": "What is it?"}), "messages[0].content[0].text"),
+        (said(TONE | {"type": "text", "text": "?"}), "messages[0].content[0].input_audio"),
+        (said({"type": "text"}), "messages[0].content[0].text"),
+        (said({"type": "input_audio"}), "messages[0].content[0].input_audio"),
+        (
+            said({"type": "input_audio", "input_audio": TONE["input_audio"] | {"rate": 8000}}),
+            "messages[0].content[0].input_audio.rate",
+        ),
         ({"messages": [{"role": "function", "content": "a"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": "a", "name": "Bob"}]}, "messages[0].name"),
         ({"messages": [SPOKEN_SYSTEM]}, "messages[0].content[0]"),

@@ -145,7 +145,7 @@ def test_names_of_openais_voices_stand_for_the_one_voice(client: openai.OpenAI, 
     [
         ("voice", "Bob", "invalid_value"),
         ("speed", 1.5, "unsupported_parameter"),
-        ("response_format", "aac", "unsupported_value"),
+        ("response_format", "aac", "invalid_value"),
         ("response_format", "ulaw", "invalid_value"),
         ("stream_format", "ndjson", "invalid_value"),
         ("input", "", "invalid_value"),
@@ -165,6 +165,18 @@ def test_what_cannot_be_spoken_is_refused_by_name(
         code,
         field if field != "extra_body" else "pitch",
     )
+
+
+def test_the_formats_are_named_as_this_route_calls_them(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="'mp3', 'opus', 'flac', 'wav' or 'pcm'"):
+        client.audio.speech.create(**WANTED, response_format="aac")
+
+
+@pytest.mark.parametrize(("field", "status"), [("voice", 400), ("model", 404)])
+def test_a_long_value_is_told_back_short(client: openai.OpenAI, field: str, status: int) -> None:
+    with pytest.raises(openai.APIStatusError) as info:
+        client.audio.speech.create(**WANTED | {field: "a" * 10_000})
+    assert info.value.status_code == status and len(info.value.response.content) < 500
 
 
 def test_another_model_is_not_found(client: openai.OpenAI) -> None:

@@ -18,7 +18,7 @@ from omnispeech.config import ServerConfig
 from omnispeech.config_reader import PREFIX, unknown_variables
 from omnispeech.deployment.findings import Finding
 from omnispeech.quantization.memory import free_memory
-from omnispeech.server.access.entrance import is_loopback, keys_of
+from omnispeech.server.access.guard import is_loopback, keys_of
 from omnispeech.server.access.keys import VARIABLE
 from omnispeech.server.access.tls import check_tls
 from omnispeech.server.door import listen

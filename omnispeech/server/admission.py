@@ -8,7 +8,6 @@ from typing import Literal
 
 from omnispeech.engine.events import Done, EngineStatus, Event, SpeechEngine, TurnRequest
 from omnispeech.errors import NotReady, RequestError, Stopped, Unavailable
-from omnispeech.server.access.callers import Caller
 from omnispeech.server.reply_record import Outcome, ReplyRecord
 
 STOPPING = "the server is stopping; try again later, or elsewhere"
@@ -92,8 +91,10 @@ class Admission:
         outcome: Outcome = "cancelled"
         self.open += 1
         try:
-            self._admit(record.caller)
+            if self.stopping:
+                raise NotReady(STOPPING)
             with record.caller.reply():
+                record.caller.check()  # what finds no place is no request
                 async with aclosing(self._engine.answer(record.request)) as events:
                     while event := await self._next(events):
                         record.note(event, self.sample_rate_hz, self._clock())
@@ -107,11 +108,6 @@ class Admission:
             self.open -= 1
             record.end(outcome, self._clock())
             self._settle(record)
-
-    def _admit(self, caller: Caller) -> None:
-        if self.stopping:
-            raise NotReady(STOPPING)
-        caller.check()
 
     async def _next(self, events: AsyncGenerator[Event, None]) -> Event | None:
         """None: there is none left. Whoever waits here when `cut` is called waits no longer."""

@@ -15,7 +15,7 @@ import omnispeech
 from omnispeech.config import AccessConfig, ServerConfig, TalkConfig
 from omnispeech.engine.events import EngineStatus, SpeechEngine
 from omnispeech.errors import NotReady
-from omnispeech.server.access.entrance import guard
+from omnispeech.server.access.guard import guard
 from omnispeech.server.admission import STOPPING, Admission
 from omnispeech.server.limits import BodyLimit
 from omnispeech.server.live import live_routes

@@ -36,10 +36,9 @@ class HTTPServer(uvicorn.Server):
         talk: TalkConfig = DEFAULT_TALK,
         access: AccessConfig = DEFAULT_ACCESS,
     ) -> None:
-        crowd = Crowd(app, access.max_connections)
         super().__init__(
             uvicorn.Config(
-                crowd,
+                Crowd(app, access.max_connections, app.state.watch),
                 http=PatientProtocol,
                 host=config.host,
                 port=config.port,
@@ -52,7 +51,6 @@ class HTTPServer(uvicorn.Server):
                 ssl_keyfile=access.tls_key or None,
             )
         )
-        crowd.open = self.server_state.connections
         shorten_log()
         self._drain_s = config.drain_s
         self._admission: Admission = app.state.admission

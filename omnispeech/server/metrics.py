@@ -88,7 +88,7 @@ class Sound:
         )
         self._real_time_factor = Histogram(
             "omnispeech_real_time_factor",
-            "Seconds from the whole question to the end of a whole reply per second of its sound.",
+            "Seconds that a whole reply took, the queue included, per second of its sound.",
             buckets=REAL_TIME_FACTORS,
             registry=registry,
         )

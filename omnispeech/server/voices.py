@@ -1,5 +1,7 @@
 """The model has one voice; the names of OpenAI's voices stand for it, so that clients work."""
 
+from omnispeech.server.refusal import shown
+
 VOICE = "default"
 ALIASES = (
     *("alloy", "ash", "ballad", "cedar", "coral", "echo", "fable"),
@@ -12,4 +14,5 @@ def voice_problem(voice: object) -> str | None:
     name = voice.get("id") if isinstance(voice, dict) else voice
     if name in (VOICE, *ALIASES):
         return None
-    return f"voice={name!r}; this model has one voice, {VOICE!r} (also called {', '.join(ALIASES)})"
+    also = ", ".join(ALIASES)
+    return f"voice={shown(name)}; this model has one voice, {VOICE!r} (also called {also})"

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from omnispeech.logs import CONVERSATION, PATH
+from omnispeech.server.access.callers import ANYBODY
 from omnispeech.server.metrics import Replies, TalkFigures
 from omnispeech.server.reply_record import ReplyRecord, played
 from omnispeech.server.tracing import Tracing
@@ -41,6 +42,8 @@ class Watch:
 def figures_of(record: ReplyRecord) -> dict[str, Any]:
     """Those of them that it has: name -> outcome, seconds to the millisecond, or number."""
     figures: dict[str, Any] = {"outcome": record.outcome, "total_s": record.total_s}
+    if record.caller.account is not ANYBODY:
+        figures["key"] = record.caller.name
     figures["first_text_s"] = record.after_question_s(record.first_text_s)
     figures["first_audio_s"] = record.after_question_s(record.first_sound_s)
     if record.pieces:

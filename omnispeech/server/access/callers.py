@@ -63,4 +63,5 @@ def since_answer(messages: Sequence[Message]) -> Sequence[Message]:
 
 
 # without keys everybody is the same, and has no limits
-CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller(Account("anybody")))  # noqa: B039
+ANYBODY = Account("anybody")
+CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller(ANYBODY))  # noqa: B039

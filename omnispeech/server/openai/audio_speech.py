@@ -12,7 +12,7 @@ from omnispeech.config import ServerConfig
 from omnispeech.engine.events import AudioDelta, Event, Message, SpeechEngine, Text, TurnRequest
 from omnispeech.errors import RequestError
 from omnispeech.server.openai import sse
-from omnispeech.server.openai.chat_request import check_form, json_object
+from omnispeech.server.openai.chat_request import json_object
 from omnispeech.server.openai.models import check_model
 from omnispeech.server.openai.refusals import (
     OpenAIRoute,
@@ -38,7 +38,7 @@ class SpeechBody(BaseModel):
     model: str | None = None
     voice: Any = VOICE
     instructions: str | None = None
-    response_format: Literal["mp3", "opus", "aac", "flac", "wav", "pcm"] = "mp3"
+    response_format: Literal["mp3", "opus", "flac", "wav", "pcm"] = "mp3"
     stream_format: Literal["audio", "sse"] = "audio"
     speech_temperature: Number = 1.0  # this server's own, as seed
     seed: WholeNumber | None = None
@@ -82,7 +82,6 @@ def parse_speech(body: bytes, config: ServerConfig) -> SpeechBody:
     except ValidationError as exc:
         raise field_refusal(exc) from exc
     check_model(wanted.model, config)
-    check_form(wanted.form, "response_format", in_pieces=False)
     if problem := voice_problem(wanted.voice):
         raise Refused(problem, param="voice")
     _check_texts(wanted)

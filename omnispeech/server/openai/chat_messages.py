@@ -34,11 +34,14 @@ def _parts(content: object) -> object:
 
 
 class InputAudio(BaseModel):
+    model_config = ConfigDict(extra="forbid")
     data: str  # base64 of a sound file
     format: str | None = None  # the file itself says what it is
 
 
 class Part(BaseModel):
+    """What it holds is in the field that is called as its type."""
+
     model_config = ConfigDict(extra="forbid")
     type: Literal["text", "input_audio"]
     text: str | None = None
@@ -111,23 +114,23 @@ class MessageReader:
 
     def _content(self, wire: WireMessage, where: str) -> Iterator[Text | Audio]:
         for number, part in enumerate(wire.content):
-            if part.type == "input_audio":
-                yield Audio(self._sound(part, wire.role, f"{where}.content[{number}]"))
+            place = f"{where}.content[{number}]"
+            _check_part(part, place)
+            if part.input_audio:
+                yield Audio(self._sound(part.input_audio, wire.role, place))
             elif part.text or wire.role == "tool":  # a function may give an empty text
                 yield Text(part.text or "")
         if wire.audio:
             yield Text(self._memory.text_of(wire.audio.id, f"{where}.audio.id"))
 
-    def _sound(self, part: Part, role: str, where: str) -> Samples:
+    def _sound(self, sound: InputAudio, role: str, where: str) -> Samples:
         if role != "user":
             message = f"{where} is sound of role {role!r}; only the user's messages may have sound"
             raise Refused(message, param=where)
-        if part.input_audio is None:
-            raise Refused(f"{where}.input_audio is missing; send it", param=f"{where}.input_audio")
         most = min(self._config.max_audio_s, self._seconds_left)
         place = f"{where}.input_audio.data"
         try:
-            samples = sound_of_base64(part.input_audio.data, place, most)
+            samples = sound_of_base64(sound.data, place, most)
         except AudioError as exc:
             raise Refused(str(exc), param=place, code="invalid_audio") from exc
         self._seconds_left -= len(samples) / INPUT_RATE_HZ
@@ -148,6 +151,17 @@ def _check_fields(wire: WireMessage, where: str) -> None:
         raise Refused(
             f"{where} has content and audio; send the one that was said", param=f"{where}.content"
         )
+
+
+def _check_part(part: Part, where: str) -> None:
+    for name in ("text", "input_audio"):
+        field = f"{where}.{name}"
+        sent = getattr(part, name) is not None
+        if name == part.type and not sent:
+            raise Refused(f"{field} is missing; send it", param=field)
+        if name != part.type and sent:
+            message = f"{field} is no field of type {part.type!r}; send it as a part of its own"
+            raise Refused(message, param=field)
 
 
 def in_order_of_calls(wire: list[WireMessage]) -> Iterator[int]:

@@ -168,17 +168,17 @@ def _form(wire: ChatRequest) -> str | None:
         raise Refused("audio is missing; send its voice and format", param="audio")
     if problem := voice_problem(wire.audio.voice):
         raise Refused(f"audio.{problem}", param="audio.voice")
-    check_form(wire.audio.format, "audio.format", in_pieces=wire.stream)
+    _check_form(wire.audio.format, streamed=wire.stream)
     return wire.audio.format
 
 
-def check_form(form: str, param: str, *, in_pieces: bool) -> None:
-    able = [n for n, f in FORMATS.items() if not in_pieces or (f.in_pieces and n != HEADED)]
+def _check_form(form: str, *, streamed: bool) -> None:
+    able = [n for n, f in FORMATS.items() if not streamed or (f.in_pieces and n != HEADED)]
     if form not in able:
-        when = " while it streams" if in_pieces else ""
+        when = " while it streams" if streamed else ""
         raise Refused(
-            f"{param}={form!r}; this server can send{when}: {', '.join(able)}",
-            param=param,
+            f"audio.format={form!r}; this server can send{when}: {', '.join(able)}",
+            param="audio.format",
             code="unsupported_value",
         )
 

@@ -7,6 +7,7 @@ from fastapi import APIRouter
 
 from omnispeech.config import ServerConfig
 from omnispeech.server.openai.refusals import OpenAIRoute, Refused
+from omnispeech.server.refusal import shown
 
 
 def models_routes(config: ServerConfig) -> APIRouter:
@@ -34,7 +35,7 @@ def check_model(name: str | None, config: ServerConfig) -> None:
     """None: whichever is served."""
     if name not in (None, config.model_name):
         raise Refused(
-            f"model={name!r} is not served here; the model is {config.model_name!r}",
+            f"model={shown(name)} is not served here; the model is {config.model_name!r}",
             param="model",
             code="model_not_found",
             status=404,
