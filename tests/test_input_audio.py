@@ -121,11 +121,3 @@ def test_half_a_sample_at_the_end_of_a_clip_does_not_spoil_the_next() -> None:
     assert len(audio.commit()) == 16_000
     audio.append(SECOND)
     np.testing.assert_array_equal(audio.commit(), committed([SECOND]))
-
-
-def test_half_a_sample_before_a_lost_connection_does_not_spoil_what_comes_after() -> None:
-    audio = InputAudio(PCM_16K, max_s=60)
-    audio.append(b"\x01")
-    audio.begin_stream()
-    audio.append(b"\x00\x40")
-    assert audio.commit().tolist() == [0.5]

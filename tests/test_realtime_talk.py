@@ -1,5 +1,6 @@
 """Turns of a live conversation, told event by event."""
 
+import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator
@@ -341,16 +342,19 @@ async def test_replies_out_of_band_are_few_at_a_time(gate: threading.Event) -> N
             await client.until("response.done")
 
 
-async def test_a_conversation_that_is_too_long_loses_its_oldest_turns() -> None:
-    class Short(FakeEngine):
-        async def answer(self, request: Any) -> Any:
-            if len(request.messages) > 3:
-                self.requests.append(request)
-                raise PromptTooLong("too long", positions=100 * len(request.messages), room=300)
-            async for event in super().answer(request):
-                yield event
+class Forgetful(FakeEngine):
+    """Its context holds three messages."""
 
-    engine = Short(*STOP)
+    async def answer(self, request: TurnRequest) -> AsyncGenerator[Event, None]:
+        if len(request.messages) > 3:
+            self.requests.append(request)
+            raise PromptTooLong("too long", positions=100 * len(request.messages), room=300)
+        async for event in super().answer(request):
+            yield event
+
+
+async def test_a_conversation_that_is_too_long_loses_its_oldest_turns() -> None:
+    engine = Forgetful(*STOP)
     async with talking(engine) as client:
         await client.begin(**MANUAL)
         for _ in range(4):
@@ -374,6 +378,16 @@ async def test_nothing_to_answer_is_refused() -> None:
         await client.send("response.create")
         assert (await client.error())["code"] == "conversation_empty"
         assert (await client.reply(instructions="Greet me."))["status"] == "completed"
+
+
+async def test_a_turn_for_which_there_is_no_room_is_not_told_as_committed() -> None:
+    async with talking(FakeEngine(*STOP), max_messages=1) as client:
+        await client.begin(**MANUAL)
+        await client.say()
+        await client.append(noise(0.3))
+        await client.send("input_audio_buffer.commit")
+        assert (await client.error())["code"] == "conversation_full"
+    assert len(client.of("input_audio_buffer.committed")) == 1
 
 
 @pytest.mark.parametrize(
@@ -465,6 +479,37 @@ async def test_without_create_response_a_turn_is_only_committed() -> None:
         assert (await client.reply())["status"] == "completed"
 
 
+async def test_a_turn_that_the_client_has_answered_is_not_answered_again(
+    gate: threading.Event,
+) -> None:
+    """The turn ended during a reply; the client asks before the engine has let go of that one."""
+
+    class Slow(FakeEngine):
+        async def answer(self, request: TurnRequest) -> AsyncGenerator[Event, None]:
+            first = not self.requests
+            async for event in super().answer(request):
+                yield event
+            while first and not letting_go.is_set():
+                await asyncio.sleep(0.002)
+
+    letting_go = threading.Event()
+    engine = Slow(TextDelta("Hi"), gate, WHOLE)
+    async with talking(engine) as client:
+        await client.begin(**vad(interrupt_response=False))
+        await client.send("response.create", response={"instructions": "Greet me."})
+        await client.until("response.created")
+        await client.append(np.concatenate([noise(0.5), silence(1.0)]))
+        await client.until("conversation.item.done")
+        gate.set()
+        await client.until("response.done")
+        await client.send("response.create")
+        await client.until("response.created")
+        letting_go.set()
+        await client.until("response.done")
+        await client.sync()
+    assert len(client.of("response.created")) == 2
+
+
 async def test_an_answer_is_begun_in_the_pause_and_told_at_the_end_of_the_turn() -> None:
     engine = FakeEngine(*STOP)
     async with talking(engine) as client:
@@ -534,6 +579,18 @@ async def test_no_answer_is_begun_in_a_pause_where_none_is_due(setting: dict[str
         await client.append(np.concatenate([noise(0.5), silence(0.1)]))
         await client.sync()
         assert engine.requests == []
+
+
+async def test_an_answer_begun_in_a_pause_shortens_a_conversation_that_is_too_long() -> None:
+    """Pause and end come at once here: the engine has not refused it yet when it is committed."""
+    engine = Forgetful(*STOP)
+    async with talking(engine, TalkConfig(speculate_ms=200)) as client:
+        await client.begin(**vad(silence_duration_ms=300))
+        for _ in range(4):
+            await client.append(np.concatenate([silence(0.1), noise(0.4), silence(0.9)]))
+            response = (await client.until("response.done"))["response"]
+            assert response["status"] == "completed", response["status_details"]
+    assert [message.role for message in engine.heard] == ["user", "assistant", "user"]
 
 
 async def test_a_change_of_the_conversation_voids_what_was_begun_in_the_pause() -> None:

@@ -133,6 +133,14 @@ def read(pieces: Sequence[str]) -> list[str | ToolCall]:
             ['<tool_call>{"name": "f", "arguments": "x"}</tool_call>'],
         ),
         (f"a\n {CALL[:-1]}", [f"a\n {CALL[:-1]}"]),
+        (
+            '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>',
+            ['<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>'],
+        ),
+        (
+            r'<tool_call>{"name": "f", "arguments": {"x": "\ud83d"}}</tool_call>',
+            [r'<tool_call>{"name": "f", "arguments": {"x": "\ud83d"}}</tool_call>'],
+        ),
         (f"<tool_call>{'[' * 100_000}</tool_call>", [f"<tool_call>{'[' * 100_000}</tool_call>"]),
     ],
 )

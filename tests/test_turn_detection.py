@@ -241,16 +241,6 @@ def test_what_was_told_at_a_pause_holds_whatever_settings_change() -> None:
     assert detector.push(windows((0.0, 1))) == [SpeechStopped(0, 360)]
 
 
-def test_how_long_it_has_been_silent() -> None:
-    detector = scripted()
-    detector.push(windows((0.0, 10)))
-    assert (detector.silent_ms, detector.speaking) == (320, False)
-    detector.push(windows((0.9, 5)))
-    assert (detector.silent_ms, detector.speaking) == (0, True)
-    detector.push(windows((0.0, 20)))
-    assert (detector.silent_ms, detector.speaking) == (640, False)
-
-
 PROBABILITIES = st.lists(st.sampled_from([0.0, 0.3, 0.4, 0.6, 0.9]), max_size=150)
 
 

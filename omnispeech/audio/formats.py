@@ -67,4 +67,3 @@ class AudioFormat:
 PCM_24K = AudioFormat()
 PCMU = AudioFormat(ULAW, 8_000)
 PCMA = AudioFormat(ALAW, 8_000)
-BETA_NAMES = {"pcm16": PCM_24K, "g711_ulaw": PCMU, "g711_alaw": PCMA}

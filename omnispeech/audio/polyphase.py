@@ -2,7 +2,8 @@
 
 The streams of soxr (`resample.Resampler`) work in blocks and hold back up to 42 ms between 22.05
 and 24 kHz, and up to 118 ms from and to 8 kHz. This one holds back half the length of its filter:
-2 to 6 ms. soxr stays the reference that the tests compare it with.
+2 to 6 ms. (The variable-rate mode of soxr holds back 10 to 30 ms, and what comes out is not on the
+time of what went in.) soxr stays the reference that the tests compare it with.
 """
 
 import math

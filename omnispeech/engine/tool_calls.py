@@ -98,7 +98,12 @@ def _call(written: str) -> ToolCall | None:
     arguments = call.get("arguments", {})
     if not name or not isinstance(arguments, dict):
         return None
-    return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
+    try:
+        told = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        f"{name}{told}".encode()
+    except ValueError:  # Python reads NaN and half characters, which cannot be sent on
+        return None
+    return ToolCall(name, told)
 
 
 def _json(text: str) -> Any:

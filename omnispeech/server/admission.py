@@ -27,10 +27,12 @@ class Guess:
         self, events: AsyncGenerator[Event, None], decided: Callable[[Fate], None]
     ) -> None:
         self.events = events
+        self.used = False
         self._decided = decided
 
     def commit(self) -> None:
         """The question was whole: the caller waits from now on. The reply may have ended."""
+        self.used = True
         self._decided("used")
 
     def throw_away(self) -> None:

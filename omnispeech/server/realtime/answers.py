@@ -7,7 +7,7 @@ from contextlib import aclosing, nullcontext
 
 from omnispeech.engine.events import Event, TurnRequest
 from omnispeech.errors import GenerationError, OmniSpeechError, PromptTooLong
-from omnispeech.server.admission import Admission
+from omnispeech.server.admission import Admission, Guess
 from omnispeech.server.realtime.begun_turn import BegunTurn
 from omnispeech.server.realtime.conversation import Conversation
 from omnispeech.server.realtime.item_kinds import Item
@@ -82,9 +82,9 @@ class Answers:
         """
         self.check_free(settings)
         if begun is None:
-            request = self.request(settings, chosen)
+            events = self._engine.answer(self.request(settings, chosen))
             place = nullcontext() if settings.out_of_band else self._place
-            begun = BegunTurn(self._fitting(request, settings, chosen), place)
+            begun = BegunTurn(self._fitting(events, settings, lambda: chosen is None), place)
         response = Response(self._conversation, settings, self._engine.sample_rate_hz, self._sent)
         response.begin()
         self._turns[response] = begun
@@ -112,8 +112,9 @@ class Answers:
             temperature=settings.temperature,
         )
 
-    def begin_guess(self, events: AsyncGenerator[Event, None]) -> BegunTurn:
-        return BegunTurn(events, self._place)
+    def begin_guess(self, guess: Guess, settings: ResponseSettings) -> BegunTurn:
+        """One that is refused for its length shortens nothing before it is known to be right."""
+        return BegunTurn(self._fitting(guess.events, settings, lambda: guess.used), self._place)
 
     def cancel(self, response_id: str | None) -> None:
         """Raises ProtocolError if it is not active."""
@@ -150,19 +151,22 @@ class Answers:
             self._on_sent(response)
 
     async def _fitting(
-        self, request: TurnRequest, settings: ResponseSettings, chosen: tuple[Item, ...] | None
+        self,
+        events: AsyncGenerator[Event, None],
+        settings: ResponseSettings,
+        answers_conversation: Callable[[], bool],
     ) -> AsyncGenerator[Event, None]:
         """The conversation is shortened until it fits, if the settings allow it."""
         while True:
             try:
-                async with aclosing(self._engine.answer(request)) as events:
+                async with aclosing(events):
                     async for event in events:
                         yield event
                 return
             except PromptTooLong as exc:
-                if chosen is not None or not self._shorten(exc, settings):
+                if not answers_conversation() or not self._shorten(exc, settings):
                     raise
-                request = self.request(settings)
+                events = self._engine.answer(self.request(settings))
 
     def _shorten(self, exc: PromptTooLong, settings: ResponseSettings) -> bool:
         """False: nothing may be left out."""

@@ -33,11 +33,19 @@ class Conversation:
         """of, sent: as of Outbox.put"""
         self.outbox.put({"type": kind, **fields}, of, sent)
 
+    def make_room(self, item: Item) -> None:
+        """Raises ProtocolError if there is none for it."""
+        self.items.make_room(item)
+        self._tell_forgotten()
+
+    def _tell_forgotten(self) -> None:
+        for forgotten in self.items.forgotten():
+            self.tell("conversation.item.deleted", item_id=forgotten)
+
     def add(self, item: Item, previous_item_id: str | None = None) -> None:
         """Tells it, and also what had to go for it. Raises ProtocolError; then nothing is added."""
         previous = self.items.add(item, previous_item_id)
-        for forgotten in self.items.forgotten():
-            self.tell("conversation.item.deleted", item_id=forgotten)
+        self._tell_forgotten()
         told = item.described()
         self.tell("conversation.item.added", previous_item_id=previous, item=told)
 

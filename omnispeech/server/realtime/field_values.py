@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from omnispeech.audio.formats import BETA_NAMES, PCM_24K, AudioFormat
+from omnispeech.audio.formats import PCM_24K, PCMA, PCMU, AudioFormat
 from omnispeech.errors import RequestError
 from omnispeech.server.realtime.fields import (
     Check,
@@ -24,6 +24,7 @@ from omnispeech.server.voices import voice_problem
 MAX_TOKENS = 4096
 MAX_PAIRS, MAX_KEY, MAX_VALUE = 16, 64, 512  # of metadata
 MAX_NAME = 256  # characters of a model's name
+OLD_FORMATS = {"pcm16": PCM_24K, "g711_ulaw": PCMU, "g711_alaw": PCMA}  # of the beta
 
 Modality = Literal["audio", "text"]
 
@@ -57,8 +58,8 @@ def old_modality(value: Any) -> str:
 def audio_format(value: Any) -> AudioFormat:
     if value is None:
         return PCM_24K
-    if isinstance(value, str) and value in BETA_NAMES:
-        return BETA_NAMES[value]
+    if isinstance(value, str) and value in OLD_FORMATS:
+        return OLD_FORMATS[value]
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
         raise RequestError('send an object such as {"type": "audio/pcm", "rate": 24000}')
     if unknown := sorted(value.keys() - {"type", "rate"}):

@@ -34,7 +34,10 @@ class Hearing:
         return self._detector is not None and self._detector.speaking
 
     async def change(self, settings: SessionSettings) -> None:
-        """Raises Unsupported if turns are to be detected and what that needs is not installed."""
+        """From no detection to one, what is held is forgotten: no turn to come begins in it.
+
+        Raises Unsupported if turns are to be detected and what that needs is not installed.
+        """
         self._audio.change_format(settings.input_format)
         if settings.turn_detection is None:
             self._detector = None
@@ -48,6 +51,7 @@ class Hearing:
                 start_ms=self._audio.clock_ms,
                 longest_ms=round(self._max_audio_s * 1000),
             )
+            self._audio.forget(self._detector.needed_from_ms)
         self._settings = settings
 
     async def append(self, sound: bytes) -> AsyncIterator[TurnEvent]:

@@ -6,11 +6,10 @@ import numpy as np
 
 from omnispeech.audio.formats import AudioFormat
 from omnispeech.audio.polyphase import LiveResampler
-from omnispeech.audio.resample import Samples
+from omnispeech.engine.events import INPUT_RATE_HZ, Samples
 from omnispeech.errors import AudioError
 
-RATE_HZ = 16_000  # what the models and the turn detection hear
-PER_MS = RATE_HZ // 1000
+PER_MS = INPUT_RATE_HZ // 1000
 NOTHING = np.zeros(0, np.float32)
 
 
@@ -21,8 +20,8 @@ class InputAudio:
     that clock whatever is committed, cleared, forgotten or sent in another format.
 
     A stream may be cut anywhere: half a sample (an odd byte of PCM) waits for the next append. It
-    is dropped where the stream ends (commit, clear, another format, a lost connection): its other
-    half will not come, and what is sent next would be noise with it.
+    is dropped where the stream ends (commit, clear, another format): its other half will not come,
+    and what is sent next would be noise with it.
     """
 
     def __init__(self, format: AudioFormat, max_s: float) -> None:
@@ -35,7 +34,7 @@ class InputAudio:
 
     def _open(self, format: AudioFormat) -> None:
         self._format = format
-        self._resampler = LiveResampler(format.rate, RATE_HZ)
+        self._resampler = LiveResampler(format.rate, INPUT_RATE_HZ)
         self._half = b""
 
     @property
@@ -63,10 +62,6 @@ class InputAudio:
             )
         self._half = sound[whole:]
         return self._keep(self._resampler.push(self._format.decode(sound[:whole])))
-
-    def begin_stream(self) -> None:
-        """After a lost connection: what comes next begins with a whole sample."""
-        self._half = b""
 
     def change_format(self, format: AudioFormat) -> None:
         """Of what comes from now on; the last samples of the old one come with the next append."""

@@ -57,7 +57,7 @@ class Items:
         """
         previous = self.last_id if previous_item_id is None else previous_item_id
         self._check(item, previous_item_id, place)
-        self._make_room(item, place)
+        self.make_room(item, place)
         if previous is not None and previous != ROOT and previous not in self._items:
             previous = ROOT  # it had to go for this one
         self._insert(item, previous)
@@ -142,6 +142,24 @@ class Items:
             self._unread |= {item.id for item in turn}
         return True
 
+    def make_room(self, item: Item, place: str = "item") -> None:
+        """What the model no longer reads goes first. What it says itself is never refused.
+
+        Raises ProtocolError.
+        """
+        while reason := self._excess(item):
+            oldest = next((other.id for other in self if other.id in self._unread), None)
+            if oldest is None and item.status == "in_progress":
+                return
+            if oldest is None:
+                raise ProtocolError(
+                    f"{reason}; delete items, or begin another conversation",
+                    code="conversation_full",
+                    param=place,
+                )
+            self.delete(oldest)
+            self._forgotten.append(oldest)
+
     def forgotten(self) -> tuple[str, ...]:
         """Ids of the items that had to go for others since this was last asked."""
         ids, self._forgotten = tuple(self._forgotten), []
@@ -179,21 +197,6 @@ class Items:
             following.append(self._items.popitem()[1])
         for each in (item, *reversed(following)):
             self._items[each.id] = each
-
-    def _make_room(self, item: Item, place: str) -> None:
-        """What the model no longer reads goes first. What it says itself is never refused."""
-        while reason := self._excess(item):
-            oldest = next((other.id for other in self if other.id in self._unread), None)
-            if oldest is None and item.status == "in_progress":
-                return
-            if oldest is None:
-                raise ProtocolError(
-                    f"{reason}; delete items, or begin another conversation",
-                    code="conversation_full",
-                    param=place,
-                )
-            self.delete(oldest)
-            self._forgotten.append(oldest)
 
     def _excess(self, item: Item) -> str | None:
         limits, items = self._limits, (*self, item)

@@ -85,7 +85,6 @@ class TurnDetector:
         self._detector.reset()
         self._now_ms = start_ms  # the end of the last window
         self._floor_ms = start_ms  # the end of the turn before
-        self._quiet_from_ms = start_ms  # the end of the last speech
         self._forget_speech()
 
     def _forget_speech(self) -> None:
@@ -102,11 +101,6 @@ class TurnDetector:
     @property
     def speaking(self) -> bool:
         return self._start_ms is not None
-
-    @property
-    def silent_ms(self) -> int:
-        """Since the last speech, or since the stream began; 0 in a turn."""
-        return 0 if self.speaking else self._now_ms - self._quiet_from_ms
 
     @property
     def needed_from_ms(self) -> int:
@@ -173,8 +167,6 @@ class TurnDetector:
     def _stop(self, start_ms: int, end_ms: int) -> SpeechStopped:
         """At `end_ms`, or where it paused: what was told there holds."""
         end_ms = end_ms if self._paused_ms is None else self._paused_ms
-        silent_from_ms = self._silent_from_ms
-        self._quiet_from_ms = self._now_ms if silent_from_ms is None else silent_from_ms
         self._floor_ms = end_ms
         self._forget_speech()
         return SpeechStopped(start_ms, end_ms)

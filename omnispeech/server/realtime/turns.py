@@ -97,6 +97,7 @@ class Turns:
         """[N] at 16 kHz: an item of the conversation. Raises ProtocolError; then it is not."""
         item = user_sound(samples, self._item_id or new_id("item"))
         self._item_id = None
+        self._conversation.make_room(item)
         self._conversation.tell(
             "input_audio_buffer.committed",
             previous_item_id=self._conversation.items.last_id,
@@ -163,9 +164,10 @@ class Turns:
         self.forget_guess()
 
     def give_way(self) -> None:
-        """The client asks for a reply by itself."""
+        """The client asks for a reply by itself, which is also the one that was owed."""
         self.forget_guess()
         self._prompting.cancel()
+        self._owed = False
 
     def leave(self) -> None:
         self.forget()
@@ -181,7 +183,7 @@ class Turns:
         except OmniSpeechError:  # told when the turn has ended
             return
         guess = self._engine.guess(request)
-        self._guess = BegunGuess(guess, self._answers.begin_guess(guess.events))
+        self._guess = BegunGuess(guess, self._answers.begin_guess(guess, settings))
 
     def _use_guess(self) -> BegunTurn | None:
         begun = self._guess
