@@ -31,11 +31,9 @@ NEITHER_TRAFFIC_NOR_SURPRISES = (
     "--disable-sync",
     "--no-first-run",
     "--no-pings",
-    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+    "--host-resolver-rules=MAP vm.test 127.0.0.1, MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
     "--autoplay-policy=no-user-gesture-required",
 )
-ALLOWED = "--use-fake-ui-for-media-stream"  # who is asked for the microphone says yes
-DEVICE = "--use-fake-device-for-media-stream"
 LIMIT_MS = 15_000
 
 Event = dict[str, Any]
@@ -51,7 +49,7 @@ def missing() -> str:
 needs_browser = pytest.mark.skipif(bool(missing()), reason=missing())
 
 
-def write_microphone(path: Path, before_s: float = 1.0, after_s: float = 3.0) -> Path:
+def write_microphone(path: Path, before_s: float = 0.5, after_s: float = 1.8) -> Path:
     """A question between silences; Chromium plays it again and again."""
     question, rate_hz = soundfile.read(QUESTION)
     parts = np.zeros(int(before_s * rate_hz)), question, np.zeros(int(after_s * rate_hz))
@@ -86,7 +84,7 @@ class Visit:
     def waits_for(self, state: str) -> None:
         self.page.wait_for_selector(f'body[data-state="{state}"]', timeout=LIMIT_MS)
 
-    def says(self, seconds: float = 0.6) -> None:
+    def says(self, seconds: float = 0.4) -> None:
         """With the space bar held."""
         self.page.locator("h1").click()
         self.page.keyboard.down(" ")
@@ -114,10 +112,11 @@ class Visit:
         place.wait_for(timeout=LIMIT_MS)
         return place.get_attribute("data-kind")
 
-    def level(self, selector: str) -> float:
+    def waits_for_level(self, selector: str, test: str) -> None:
         """Of a meter, 0 to 1."""
-        script = "meter => getComputedStyle(meter).getPropertyValue('--level')"
-        return float(self.page.locator(selector).evaluate(script))
+        style = f"getComputedStyle(document.querySelector({selector!r}))"
+        script = f"() => Number({style}.getPropertyValue('--level')) {test}"
+        self.page.wait_for_function(script, timeout=LIMIT_MS)
 
     def figures(self) -> dict[str, float]:
         """Of the last turn: milliseconds, or as they are."""
@@ -139,20 +138,27 @@ class Visit:
 
 
 class Browsers:
-    """One browser for each kind of microphone, begun when it is first needed."""
+    """One with a microphone and one without, each begun when it is first needed."""
 
     def __init__(self, playwright: Any, microphone: Path) -> None:
         self._playwright = playwright
-        self._begun: dict[tuple[str, ...], Any] = {}
-        self._speaking = (ALLOWED, DEVICE, f"--use-file-for-fake-audio-capture={microphone}")
+        self._begun: dict[bool, Any] = {}
+        self._device = (
+            "--use-fake-device-for-media-stream",
+            f"--use-file-for-fake-audio-capture={microphone}",
+        )
 
     @contextmanager
-    def visiting(self, url: str, *flags: str, **context: Any) -> Iterator[Visit]:
+    def visiting(
+        self, url: str, *, device: bool = True, allowed: bool = True, **context: Any
+    ) -> Iterator[Visit]:
         """The page of a new visitor; afterwards its console must be clean.
 
-        flags: in place of the microphone that hears the question again and again.
+        device: there is a microphone, which hears the question again and again.
+        allowed: the visitor lets the page use it.
         """
-        visitor = self._browser(flags or self._speaking).new_context(**context)
+        permissions = ["microphone"] if allowed else []
+        visitor = self._browser(device).new_context(permissions=permissions, **context)
         try:
             visit = Visit(visitor.new_page())
             visit.page.on("websocket", visit.watch)
@@ -164,13 +170,13 @@ class Browsers:
         finally:
             visitor.close()
 
-    def _browser(self, flags: tuple[str, ...]) -> Any:
-        if flags not in self._begun:
-            arguments = [*NEITHER_TRAFFIC_NOR_SURPRISES, *flags]
-            self._begun[flags] = self._playwright.chromium.launch(
+    def _browser(self, device: bool) -> Any:
+        if device not in self._begun:
+            arguments = [*NEITHER_TRAFFIC_NOR_SURPRISES, *(self._device if device else ())]
+            self._begun[device] = self._playwright.chromium.launch(
                 executable_path=CHROMIUM, args=arguments
             )
-        return self._begun[flags]
+        return self._begun[device]
 
 
 @contextmanager

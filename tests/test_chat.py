@@ -279,7 +279,7 @@ def test_a_full_server_is_one_line() -> None:
     with serving(FakeEngine(), TalkConfig(max_talks=1)) as url, held(url):
         done = chat("question.wav", server=url)
     assert done.returncode == 1 and done.stderr.count(b"\n") == 1
-    assert b"the server refused: all 1 places of talks are taken" in done.stderr
+    assert b"the server refused: all 1 places (max_talks) are taken" in done.stderr
 
 
 @contextmanager

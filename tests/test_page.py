@@ -4,7 +4,6 @@ import importlib.util
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -13,8 +12,6 @@ import pytest
 import soundfile
 from fake_engine import DONE, FakeEngine, serving
 from page_browser import (
-    ALLOWED,
-    DEVICE,
     QUESTION,
     Browsers,
     browsers_hearing,
@@ -57,17 +54,15 @@ def browsers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browsers]:
         yield begun
 
 
-@contextmanager
-def fetching(**talk: object) -> Iterator[httpx.Client]:
-    with (
-        serving(FakeEngine(), TalkConfig(**talk)) as url,
-        httpx.Client(base_url=url) as client,
-    ):
-        yield client
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """Of a server whose answers do not matter."""
+    with serving(FakeEngine()) as url:
+        yield url
 
 
-def test_the_page_and_its_files_come_with_their_types_and_a_policy() -> None:
-    with fetching() as client:
+def test_the_page_and_its_files_come_with_their_types_and_a_policy(url: str) -> None:
+    with httpx.Client(base_url=url) as client:
         page = client.get("/")
         assert page.headers["content-type"] == "text/html; charset=utf-8"
         assert page.headers["content-security-policy"].startswith("default-src 'self'; ")
@@ -81,8 +76,8 @@ def test_the_page_and_its_files_come_with_their_types_and_a_policy() -> None:
         assert script.content == b""
 
 
-def test_what_did_not_change_is_not_sent_again() -> None:
-    with fetching() as client:
+def test_what_did_not_change_is_not_sent_again(url: str) -> None:
+    with httpx.Client(base_url=url) as client:
         first = client.get("/")
         assert first.headers["cache-control"] == "no-cache"
         again = client.get("/", headers={"If-None-Match": first.headers["etag"]})
@@ -94,13 +89,16 @@ def test_what_did_not_change_is_not_sent_again() -> None:
 @pytest.mark.parametrize(
     "name", ["..%2fconfig.py", "%2e%2e/config.py", "app.py", "", "/etc/passwd"]
 )
-def test_only_files_of_the_page_can_be_named(name: str) -> None:
-    with fetching() as client:
+def test_only_files_of_the_page_can_be_named(name: str, url: str) -> None:
+    with httpx.Client(base_url=url) as client:
         assert client.get(f"/page/{name}").status_code == 404
 
 
 def test_no_page_where_it_is_switched_off() -> None:
-    with fetching(page=False) as client:
+    with (
+        serving(FakeEngine(), TalkConfig(page=False)) as url,
+        httpx.Client(base_url=url) as client,
+    ):
         assert client.get("/").status_code == 404
         assert client.get("/page/app.js").status_code == 404
         assert client.get("/health").status_code == 200
@@ -129,6 +127,10 @@ def test_hands_free_a_turn_is_answered_and_speech_stops_the_answer(browsers: Bro
     with serving(engine) as url, browsers.visiting(url) as visit:
         visit.start("hands-free")
         visit.waits_for("answering")
+        visit.page.keyboard.press(" ")
+        assert visit.text("#hint") == "Speaking, microphone off"
+        visit.page.keyboard.press(" ")
+        assert visit.text("#hint") == "Speaking"
         assert visit.text(".entry.user .sound") == "2.4 s"
         heard = engine.heard[-1].content[0].samples
         assert 2.0 < len(heard) / 16_000 < 3.2
@@ -152,20 +154,18 @@ def test_push_to_talk_by_keyboard_with_a_hostile_text(browsers: Browsers) -> Non
     with serving(engine) as url, browsers.visiting(url) as visit:
         visit.start()
         visit.waits_for("ready")
-        visit.says(1.5)
+        visit.says(0.8)
         visit.waits_for("answering")
         assert visit.text(".entry.assistant .words").startswith(HOSTILE)
         assert visit.page.title() == "omnispeech"
         assert visit.page.locator(".entry img, .entry script").count() == 0
-        assert 1.3 < len(engine.heard[-1].content[0].samples) / 16_000 < 2.2
-        visit.page.wait_for_timeout(500)
-        assert visit.level("#played") > 0.3
+        assert 0.6 < len(engine.heard[-1].content[0].samples) / 16_000 < 1.5
+        visit.waits_for_level("#played", "> 0.3")
         visit.page.keyboard.press("Escape")
         visit.waits_for("ready")
-        visit.page.wait_for_timeout(200)
-        assert visit.level("#played") == 0
+        visit.waits_for_level("#played", "=== 0")
         ms = visit.until("conversation.item.truncate").event["audio_end_ms"]
-        assert 200 < ms < 3000
+        assert 50 < ms < 3000
         assert visit.of("error") == []
 
 
@@ -199,13 +199,13 @@ def test_a_whole_reply_is_heard_without_a_gap_and_can_be_kept(browsers: Browsers
 @needs_browser
 def test_sound_that_comes_too_late_is_counted_as_a_gap(browsers: Browsers) -> None:
     go_on = threading.Event()
-    engine = FakeEngine(TextDelta("late"), hum(0.4), go_on, hum(0.6), DONE)
+    engine = FakeEngine(TextDelta("late"), hum(0.3), go_on, hum(0.3), DONE)
     with serving(engine) as url, browsers.visiting(url) as visit:
         visit.start()
         visit.waits_for("ready")
         visit.says()
         visit.waits_for("answering")
-        visit.page.wait_for_timeout(1000)
+        visit.page.wait_for_timeout(600)
         go_on.set()
         visit.waits_for("ready")
         assert visit.figures()["Gaps"] == 1
@@ -219,7 +219,7 @@ def test_a_file_is_a_question_where_there_is_no_microphone(
     engine = speaker("yes")
     nothing = tmp_path / "no sound.wav"
     nothing.write_text("not a sound")
-    with serving(engine) as url, browsers.visiting(url, ALLOWED) as visit:
+    with serving(engine) as url, browsers.visiting(url, device=False) as visit:
         visit.page.locator("#file").set_input_files(QUESTION)
         visit.until("response.done")
         assert visit.notice() == "missing"
@@ -227,6 +227,22 @@ def test_a_file_is_a_question_where_there_is_no_microphone(
         visit.page.locator(".entry.assistant .sound").wait_for()
         visit.page.locator("#file").set_input_files(nothing)
         assert "no sound this browser can read" in visit.text(".entry.note")
+
+
+@needs_browser
+def test_a_file_that_is_too_long_is_refused_and_not_followed_by_an_answer(
+    browsers: Browsers, url: str, tmp_path: Path
+) -> None:
+    long, longer = tmp_path / "long.wav", tmp_path / "longer.wav"
+    soundfile.write(long, np.zeros(121 * 3000), 3000)
+    soundfile.write(longer, np.zeros(301 * 3000), 3000)
+    with browsers.visiting(url) as visit:
+        visit.page.locator("#file").set_input_files(long)
+        assert "send at most 120 s" in visit.text(".entry.note")
+        assert visit.text(".entry.user .badge") == "failed"
+        assert visit.of("response.create") == []
+        visit.page.locator("#file").set_input_files(longer)
+        visit.page.get_by_text("longer.wav is 301 s long; send at most 300 s").wait_for()
 
 
 @needs_browser
@@ -243,11 +259,11 @@ def test_a_lost_connection_is_taken_up_again_in_the_middle_of_a_question(
         visit.waits_for("ready")
         visit.page.locator("h1").click()
         visit.page.keyboard.down(" ")
-        visit.page.wait_for_timeout(800)
+        visit.page.wait_for_timeout(500)
         line.cut()
         visit.waits_for("connecting")
         assert visit.notice() == "lost"
-        visit.page.wait_for_timeout(700)
+        visit.page.wait_for_timeout(400)
         line.mend()
         visit.waits_for("recording")
         first, second = visit.of("session.created")
@@ -256,7 +272,7 @@ def test_a_lost_connection_is_taken_up_again_in_the_middle_of_a_question(
         visit.until("response.done")
         assert visit.page.locator(".notice, .entry.note").count() == 0
         # what was said before the loss, during it and after it, is one question
-        assert len(engine.heard[-1].content[0].samples) / 16_000 > 1.5
+        assert len(engine.heard[-1].content[0].samples) / 16_000 > 0.8
 
 
 @needs_browser
@@ -280,14 +296,77 @@ def test_a_conversation_that_the_server_forgot_begins_anew_and_says_so(browsers:
 
 
 @needs_browser
-@pytest.mark.parametrize(("flags", "kind"), [((DEVICE,), "permission"), ((ALLOWED,), "missing")])
+@pytest.mark.parametrize(("allowed", "kind"), [(False, "permission"), (True, "missing")])
 def test_without_a_microphone_the_page_says_why(
-    browsers: Browsers, flags: tuple[str, ...], kind: str
+    browsers: Browsers, url: str, allowed: bool, kind: str
 ) -> None:
-    with serving(FakeEngine()) as url, browsers.visiting(url, *flags) as visit:
+    aside = {"width": 740, "height": 360}
+    with browsers.visiting(url, device=not allowed, allowed=allowed, viewport=aside) as visit:
         visit.start()
         assert visit.notice() == kind
+        visit.page.locator(".notice strong").click(trial=True)  # nothing covers it
         assert visit.page.locator("body").get_attribute("data-state") == "deaf"
+
+
+@needs_browser
+def test_while_the_visitor_is_asked_for_the_microphone_none_is_missed(
+    browsers: Browsers, url: str
+) -> None:
+    with browsers.visiting(url) as visit:
+        unanswered = "() => { navigator.mediaDevices.getUserMedia = () => new Promise(() => {}) }"
+        visit.page.evaluate(unanswered)
+        visit.start()
+        visit.waits_for("asking")
+        assert visit.text("#hint") == "Opening the microphone"
+
+
+@needs_browser
+def test_where_browsers_allow_no_sound_the_page_says_so_at_once(
+    browsers: Browsers, url: str
+) -> None:
+    with browsers.visiting(url.replace("127.0.0.1", "vm.test")) as visit:
+        assert visit.notice() == "insecure"
+        visit.start()
+        assert visit.notice() == "insecure"
+        assert visit.page.locator("body").get_attribute("data-state") == "idle"
+
+
+@needs_browser
+def test_a_server_that_went_before_the_first_press_can_be_tried_again(
+    browsers: Browsers, url: str
+) -> None:
+    with line_to(url) as line, browsers.visiting(line.url) as visit:
+        line.cut()
+        visit.start()
+        assert visit.notice() == "unreachable"
+        line.mend()
+        visit.page.locator(".notice button").click()
+        visit.waits_for("ready")
+
+
+@needs_browser
+def test_a_conversation_begun_again_hears_the_microphone_once(browsers: Browsers) -> None:
+    engine = speaker("here")
+    with serving(engine) as url, browsers.visiting(url) as visit:
+        visit.start()
+        visit.waits_for("ready")
+        visit.page.locator("#end").click()
+        visit.start()
+        visit.waits_for("ready")
+        visit.says(0.8)
+        visit.until("response.done")
+        assert len(engine.heard[-1].content[0].samples) / 16_000 < 1.4
+
+
+@needs_browser
+def test_nothing_is_kept_for_a_page_that_was_left(browsers: Browsers) -> None:
+    with serving(FakeEngine()) as url, browsers.visiting(url) as visit:
+        visit.start()
+        visit.waits_for("ready")
+        visit.page.reload()
+        visit.page.wait_for_timeout(300)
+        figures = httpx.get(f"{url}/metrics").text
+        assert 'omnispeech_talks_closed_total{reason="left"} 1.0' in figures
 
 
 @needs_browser
@@ -326,7 +405,7 @@ def test_a_key_is_asked_for_until_it_is_right(browsers: Browsers, tmp_path: Path
             visit.page.locator(".notice input").fill(typed)
             visit.page.locator(".notice form button").click()
             assert visit.notice() == "key"
-        visit.page.locator(".notice input").fill(KEY)
+        visit.page.locator(".notice input").fill(f" {KEY} ")  # as it may be copied
         visit.page.locator(".notice input").press("Enter")
         visit.waits_for("ready")
         assert visit.page.evaluate("sessionStorage.getItem('omnispeech.key')") == KEY
@@ -395,29 +474,31 @@ def test_where_the_server_hears_no_ends_of_speech_a_button_does(
 
 
 @needs_browser
-def test_the_page_resamples_where_the_browser_does_not(browsers: Browsers) -> None:
+def test_the_page_resamples_where_the_browser_does_not(browsers: Browsers, url: str) -> None:
     script = """async ([fromHz, toneHz]) => {
       const { Resampler } = await import("/page/resampler.js");
       const resampler = new Resampler(fromHz, 24000);
-      const sine = Float32Array.from({ length: fromHz }, (_, i) =>
+      const sine = Float32Array.from({ length: fromHz / 4 }, (_, i) =>
         0.5 * Math.sin((2 * Math.PI * toneHz * i) / fromHz));
       const out = [];
-      for (let at = 0; at < fromHz; at += 1111)
+      for (let at = 0; at < sine.length; at += 1111)
         out.push(...resampler.push(sine.slice(at, at + 1111)));
       return out;
     }"""
-    with serving(FakeEngine()) as url, browsers.visiting(url) as visit:
+    with browsers.visiting(url) as visit:
         for from_hz in (44_100, 48_000, 16_000):
             resampled = np.array(visit.page.evaluate(script, [from_hz, 1000]))
             expected = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(len(resampled)) / 24_000)
-            assert 24_000 - 30 < len(resampled) <= 24_000
+            assert 6000 - 30 < len(resampled) <= 6000
             assert np.abs(resampled - expected)[100:].max() < 0.005
         folded = np.array(visit.page.evaluate(script, [48_000, 15_000]))
         assert np.abs(folded)[100:-100].max() < 0.005
 
 
 @needs_browser
-def test_a_track_waits_for_a_little_sound_but_not_after_its_end(browsers: Browsers) -> None:
+def test_a_track_waits_for_a_little_sound_but_not_after_its_end(
+    browsers: Browsers, url: str
+) -> None:
     script = """async () => {
       const { Track } = await import("/page/track.js");
       const out = new Float32Array(128);
@@ -428,7 +509,7 @@ def test_a_track_waits_for_a_little_sound_but_not_after_its_end(browsers: Browse
       taken.push(track.read(out, 28), out[27], out[28], out[127]);
       return [...taken, track.finished, track.played, track.gaps];
     }"""
-    with serving(FakeEngine()) as url, browsers.visiting(url) as visit:
+    with browsers.visiting(url) as visit:
         assert visit.page.evaluate(script) == [0, 100, 0, 1, 1, True, 100, 0]
 
 
@@ -448,8 +529,8 @@ def test_a_turn_with_a_real_model(browsers: Browsers, tmp_path: Path) -> None:
         with serving(worker) as url, browsers.visiting(url) as visit:
             visit.start()
             visit.waits_for("ready")
-            visit.page.locator("input[name=tokens]").fill("32")
-            visit.says(1.5)
+            visit.page.get_by_role("slider", name="Longest reply").fill("32")
+            visit.says()
             done = visit.until("response.done").event["response"]
             assert done["status"] in ("completed", "incomplete")
             visit.page.locator(".entry.assistant .sound").wait_for()

@@ -5,7 +5,7 @@ import { Conversation, heard } from "./conversation.js";
 import { save, soundOf } from "./files.js";
 import { Levels } from "./levels.js";
 import { Notices } from "./notices.js";
-import { Playback } from "./playback.js";
+import { Replay } from "./replay.js";
 import { Settings } from "./settings.js";
 import { Timings } from "./timings.js";
 import { Transcript } from "./transcript.js";
@@ -14,6 +14,7 @@ const FULL_WAIT_S = 15;
 const HINTS = {
   idle: "Press to start",
   connecting: "Connecting",
+  asking: "Opening the microphone",
   deaf: "No microphone",
   muted: "Microphone off",
   listening: "Listening",
@@ -23,7 +24,6 @@ const HINTS = {
   thinking: "Thinking",
   answering: "Speaking",
 };
-const HEARD = ["listening", "hearing", "recording"]; // states in which the microphone counts
 const LINKS = { idle: "Not connected", connecting: "Connecting", open: "Connected" };
 
 const $ = (id) => document.getElementById(id);
@@ -34,7 +34,7 @@ const settings = new Settings($("settings"));
 const notices = new Notices($("notices"));
 const controls = new Controls($("talk"));
 const levels = new Levels();
-const playback = new Playback();
+const replay = new Replay();
 
 new Transcript($("transcript"), conversation, play);
 
@@ -43,7 +43,7 @@ function state() {
   const { phase } = call.talk;
   if (phase === "hearing") return settings.mode === "push" ? "recording" : "hearing";
   if (phase !== "listening") return phase;
-  if (!call.hasMicrophone) return "deaf";
+  if (!call.hasMicrophone) return call.asking ? "asking" : "deaf";
   if (settings.mode === "push") return "ready";
   return call.muted ? "muted" : "listening";
 }
@@ -51,12 +51,12 @@ function state() {
 function show() {
   const now = state();
   document.body.dataset.state = now;
-  $("hint").textContent = HINTS[now];
+  document.body.toggleAttribute("data-muted", call.muted);
+  $("hint").textContent = HINTS[now] + (call.muted && now !== "muted" ? ", microphone off" : "");
   $("link").dataset.state = call.state;
   $("link").lastElementChild.textContent = LINKS[call.state];
   $("interrupt").disabled = !call.talk?.replies.busy;
   $("end").disabled = call.state === "idle";
-  $("talk").setAttribute("aria-pressed", String(HEARD.includes(now)));
   $("talk").setAttribute("aria-label", talkLabel(now));
 }
 
@@ -75,16 +75,17 @@ function showEntries() {
 
 async function play(entry) {
   await call.prepareSound();
-  playback.toggle(call.context, entry, heard(entry));
+  replay.toggle(call.context, entry, heard(entry));
 }
 
 async function start() {
+  if (!window.isSecureContext) return notices.show("insecure");
   notices.clear();
   await call.start();
 }
 
 async function press() {
-  playback.stop();
+  replay.stop();
   if (settings.mode === "push" && call.hasMicrophone) return call.press();
   controls.reset(); // nothing to hold here
   if (call.state === "idle") await start();
@@ -105,11 +106,12 @@ async function sendFile([file]) {
   }
 }
 
-/** Until there is a session. */
+/** Until there is a session; fails if there will be none. */
 function opened() {
   if (call.state === "open") return Promise.resolve();
-  return new Promise((resolve) => {
+  return new Promise((resolve, reject) => {
     call.on("session", ({ isNew }) => isNew && resolve());
+    call.on("closed", () => reject(new Error("The file was not sent. Please send it again.")));
   });
 }
 
@@ -193,9 +195,11 @@ $("save-text").addEventListener("click", () =>
 );
 $("save-sound").addEventListener("click", () => save(conversation.asWav(), "conversation.wav"));
 $("panel").addEventListener("click", () => togglePanel());
+window.addEventListener("pagehide", () => call.end()); // nobody comes back to this conversation
 $("close-panel").addEventListener("click", () => togglePanel(false));
 
 call.handsFree = settings.mode !== "push";
 showTimings([], { figure: $("chart"), summary: $("figures"), table: $("table") });
 showEntries();
 show();
+if (!window.isSecureContext) notices.show("insecure");

@@ -30,6 +30,7 @@ export class Call extends Source {
     this.talk = null;
     this.handsFree = true;
     this.muted = false;
+    this.asking = false; // for the microphone
   }
 
   get state() {
@@ -48,7 +49,11 @@ export class Call extends Source {
     this.#connection = connection;
     this.emit("changed");
     await this.prepareSound();
-    this.#player ??= await this.#newPlayer();
+    try {
+      this.#player ??= await this.#newPlayer();
+    } catch (error) {
+      return this.#fail(connection, error.message);
+    }
     if (connection === this.#connection) this.#open(connection); // else it was ended meanwhile
   }
 
@@ -70,12 +75,14 @@ export class Call extends Source {
   }
 
   async openMicrophone() {
-    if (this.#microphone) return;
+    if (this.#microphone || this.asking) return;
+    this.#ask(true);
     const microphone = await Microphone.open(this.context).catch(({ reason }) => {
       this.emit("deaf", reason);
     });
+    this.#ask(false);
     if (!microphone) return;
-    if (this.#microphone || !this.#connection) return microphone.close();
+    if (!this.#connection) return microphone.close();
     this.#microphone = microphone;
     this.#microphone.on("piece", (piece) => this.#hear(piece));
     this.#microphone.on("lost", () => this.#loseMicrophone());
@@ -103,6 +110,11 @@ export class Call extends Source {
     }, LAST_PIECE_MS);
   }
 
+  #ask(asking) {
+    this.asking = asking;
+    this.emit("changed");
+  }
+
   async #newPlayer() {
     const player = await Player.create(this.context);
     player.on("progress", (report) => {
@@ -111,6 +123,16 @@ export class Call extends Source {
     });
     player.on("stopped", () => this.emit("played", 0));
     return player;
+  }
+
+  // The player is a file of the server, too; a context does not ask twice for one that failed.
+  #fail(connection, reason) {
+    connection.close();
+    this.context.close();
+    this.context = null;
+    if (connection !== this.#connection) return;
+    this.#stop();
+    this.emit("closed", { kind: "unreachable", reason });
   }
 
   #open(connection) {

@@ -1,6 +1,7 @@
 import { RATE_HZ, toPcm } from "./pcm.js";
 
 const LARGEST_MB = 64;
+const LONGEST_S = 300; // 19 MB in base64: servers take frames of 24 MB
 
 /** A sound file of a kind that browsers know -> Int16Array, mono, 24 kHz. Raises Error. */
 export async function soundOf(file) {
@@ -12,6 +13,10 @@ export async function soundOf(file) {
   const buffer = await decoder.decodeAudioData(await file.arrayBuffer()).catch(() => {
     throw new Error(`${file.name} is no sound this browser can read; try WAV, MP3, FLAC or OGG`);
   });
+  if (buffer.duration > LONGEST_S) {
+    const seconds = buffer.duration.toFixed(0);
+    throw new Error(`${file.name} is ${seconds} s long; send at most ${LONGEST_S} s`);
+  }
   return toPcm(mono(buffer));
 }
 

@@ -2,10 +2,12 @@
 class MicrophoneProcessor extends AudioWorkletProcessor {
   #piece;
   #filled = 0;
+  #closed = false;
 
   constructor({ processorOptions }) {
     super();
     this.#piece = new Float32Array(processorOptions.samples);
+    this.port.onmessage = () => (this.#closed = true);
   }
 
   process([[heard]]) {
@@ -14,7 +16,7 @@ class MicrophoneProcessor extends AudioWorkletProcessor {
       this.#filled += 1;
       if (this.#filled === this.#piece.length) this.#send();
     }
-    return true;
+    return !this.#closed;
   }
 
   #send() {

@@ -29,6 +29,7 @@ export class MicrophoneError extends Error {
 /** Tells "piece" {pcm (24 kHz), level} every 50 ms, and "lost" when the device goes away. */
 export class Microphone extends Source {
   #stream;
+  #node = null;
   #context;
 
   /** context: running at 24 kHz. Raises MicrophoneError. */
@@ -54,6 +55,7 @@ export class Microphone extends Source {
 
   close() {
     for (const track of this.#stream.getTracks()) track.stop();
+    if (this.#node) this.#silence(this.#node);
     this.#context?.close();
   }
 
@@ -81,6 +83,13 @@ export class Microphone extends Source {
     });
     node.port.onmessage = ({ data }) => this.#hear(resampled(data));
     source.connect(node);
+    this.#node = node;
+  }
+
+  // The node outlives its microphone in the context, and would go on with pieces of silence.
+  #silence({ port }) {
+    port.onmessage = null;
+    port.postMessage("close");
   }
 
   #hear(floats) {

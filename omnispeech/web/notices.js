@@ -1,6 +1,6 @@
 import { button, element, icon } from "./elements.js";
 
-const KEY = "[A-Za-z0-9!#$%&'*+.^_`\\|~\\-]+"; // what the name of a subprotocol may hold
+const KEY = "\\s*[A-Za-z0-9!#$%&'*+.^_`\\|~\\-]+\\s*"; // what the name of a subprotocol may hold
 
 /** What can be in the way, in words: [title, what to do]. */
 const WORDS = {
@@ -17,15 +17,16 @@ const WORDS = {
     "Another program holds it, or the system keeps it back. Close that program and try again.",
   ],
   insecure: [
-    "This address may not use the microphone",
-    "Browsers allow it on https:// and localhost alone. Open the page there, or send a file.",
+    "This address may not use sound",
+    "Browsers allow it on https:// and localhost alone: open the page there. From another " +
+      "machine: ssh -L 8000:localhost:8000 to the server, with its port, or give it a certificate.",
   ],
   failed: ["The microphone could not be opened", "Try again, or send a sound file instead."],
   unplugged: ["The microphone went away", "Connect it again, then go on."],
   full: ["The server has no place free", "It is full, or still starting. The page tries again."],
   stopping: ["The server is stopping", "It takes no more questions. It may be back in a moment."],
   ended: ["The conversation has ended", "Start again when you like; what was said stays here."],
-  unreachable: ["The server cannot be reached", "It did not answer for five minutes."],
+  unreachable: ["The server cannot be reached", "It does not answer. Is it running?"],
   lost: ["The connection was lost", "What was said is kept; the page connects again by itself."],
   connecting: ["The server does not answer", "The page goes on trying."],
   key: ["The server wants a key", "Enter the API key you were given; this tab keeps it."],

@@ -72,10 +72,10 @@ class PlayerProcessor extends AudioWorkletProcessor {
     if (this.#sinceReport >= REPORT_EVERY && this.#tracks.length) this.#report(this.#tracks[0]);
   }
 
-  #report({ item, played, queued, gaps, missing }, finished = false) {
+  #report({ item, played, gaps, missing }, finished = false) {
     const level = Math.sqrt(this.#energy / Math.max(1, this.#sinceReport));
     const left = this.#tracks.length;
-    const figures = { item, played, queued, gaps, missing, level, finished, left };
+    const figures = { item, played, gaps, missing, level, finished, left };
     this.port.postMessage({ type: "report", ...figures });
     this.#sinceReport = 0;
     this.#energy = 0;

@@ -4,12 +4,12 @@ import { Source } from "./source.js";
 /**
  * Plays replies without a gap, in the order of their sound.
  *
- * Tells "progress" {item, playedMs, gaps, missingMs, level, finished}.
+ * Tells "progress" {item, playedMs, gaps, missingMs, level, finished}, and "stopped".
  */
 export class Player extends Source {
   #node;
   #context;
-  #stopping = null;
+  #stops = []; // who waits for what was cut, in order
 
   /** context: running at 24 kHz */
   static async create(context) {
@@ -42,9 +42,8 @@ export class Player extends Source {
 
   /** Silence at once. Gives [{item, playedMs}] of the replies that were cut. */
   stop() {
-    this.#stopping ??= Promise.withResolvers();
     this.#node.port.postMessage({ type: "stop" });
-    return this.#stopping.promise;
+    return new Promise((resolve) => this.#stops.push(resolve));
   }
 
   #heard(message) {
@@ -54,19 +53,16 @@ export class Player extends Source {
 
   #stopped(cut) {
     this.active = false;
-    this.#stopping?.resolve(
-      cut.map(({ item, played }) => ({ item, playedMs: this.#audible(played) })),
-    );
-    this.#stopping = null;
+    const done = this.#stops.shift();
+    done(cut.map(({ item, played }) => ({ item, playedMs: this.#audible(played) })));
     this.emit("stopped");
   }
 
-  #progress({ item, played, queued, gaps, missing, level, finished, left }) {
+  #progress({ item, played, gaps, missing, level, finished, left }) {
     this.active = left > 0;
     this.emit("progress", {
       item,
       playedMs: this.#audible(played),
-      queuedMs: milliseconds(queued),
       gaps,
       missingMs: milliseconds(missing),
       level: finished ? 0 : level,

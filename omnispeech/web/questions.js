@@ -19,6 +19,7 @@ export class Questions extends Source {
   #input = new Input();
   #turn = null; // being said: {fromMs, toMs, item, releasedAt}
   #files = 0;
+  #file = null; // sent and not yet taken: {entry, timing}
 
   constructor(connection, conversation, timings) {
     super();
@@ -30,6 +31,7 @@ export class Questions extends Source {
       "input_audio_buffer.speech_stopped": (event) => this.#speechStopped(event),
       "input_audio_buffer.committed": (event) => this.#committed(event),
       "input_audio_buffer.cleared": () => this.forget(),
+      "conversation.item.added": ({ item }) => this.#added(item),
       "conversation.item.input_audio_transcription.delta": (event) => this.#transcribed(event),
       "conversation.item.input_audio_transcription.completed": (event) => this.#written(event),
     };
@@ -54,6 +56,13 @@ export class Questions extends Source {
     }
     if (item || toMs !== undefined) this.forget();
     else if (this.#turn) this.#turn.fromMs = 0;
+  }
+
+  /** The server takes no such file. */
+  refused(id) {
+    if (!this.#file || id !== this.#file.entry.id) return;
+    this.#conversation.change(this.#file.entry, { state: "failed" });
+    this.#file = null;
   }
 
   /** What was being said is not asked. */
@@ -99,9 +108,17 @@ export class Questions extends Source {
     const entry = this.#conversation.add(id, "user", name);
     this.#conversation.change(entry, { pieces: [pcm], state: "whole" });
     const item = { id, type: "message", role: "user", content };
-    this.#send("conversation.item.create", { item });
+    this.#file = { entry, timing: this.#timings.begin() };
+    this.#send("conversation.item.create", { item, event_id: id });
+    this.emit("asked", this.#file.timing);
+  }
+
+  // Asked for earlier, an answer would come to what was said before a file that is refused.
+  #added({ id }) {
+    if (!this.#file || id !== this.#file.entry.id) return;
+    this.#timings.note(this.#file.timing, { asked: performance.now() });
+    this.#file = null;
     this.#send("response.create");
-    this.emit("asked", this.#timings.begin());
   }
 
   #append(pcm) {

@@ -80,15 +80,27 @@ export class Settings extends Source {
 
   #keep() {
     const values = Object.fromEntries(new FormData(this.#form));
-    localStorage.setItem(KEPT_AS, JSON.stringify(values));
+    try {
+      localStorage.setItem(KEPT_AS, JSON.stringify(values));
+    } catch {
+      // storage is full or forbidden: the settings hold until the page is left
+    }
   }
 
   #restore() {
-    const values = JSON.parse(localStorage.getItem(KEPT_AS) ?? "{}");
-    for (const [name, value] of Object.entries(values)) {
+    for (const [name, value] of Object.entries(kept())) {
       const field = this.#form.elements[name];
       if (field?.type === "checkbox") field.checked = true;
       else if (field && name !== "voice") field.value = value; // the server names its voices
     }
+  }
+}
+
+/** What was set when the page was here last; nothing if that cannot be read. */
+function kept() {
+  try {
+    return JSON.parse(localStorage.getItem(KEPT_AS)) ?? {};
+  } catch {
+    return {};
   }
 }

@@ -86,8 +86,8 @@ export class Talk extends Source {
     this.replies.resume();
   }
 
-
-  #troubled({ code, message, param }) {
+  #troubled({ code, message, param, event_id }) {
+    this.questions.refused(event_id);
     if (!SETTING.test(param ?? "")) this.#giveUp();
     if (!HARMLESS.includes(code)) this.emit("trouble", { message, param });
   }

@@ -127,7 +127,7 @@ class Talks:
         parked = next((seat for seat in self._seats.values() if seat.expiry), None)
         if parked is None:
             most = self._limits.max_talks
-            reason = f"all {most} places of talks are taken (max_talks); try again later"
+            reason = f"all {most} places (max_talks) are taken; try again later"
             raise Refused(Close(LATER, reason, "policy"))
         self._end(parked, "lost")
 

@@ -1,7 +1,7 @@
 import { RATE_HZ, toFloats } from "./pcm.js";
 
 /** Plays one recorded sound at a time; the same one again stops it. */
-export class Playback {
+export class Replay {
   #source = null;
   #entry = null;
 
