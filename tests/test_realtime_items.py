@@ -354,6 +354,8 @@ def test_a_result_without_its_call_is_refused_or_not_read() -> None:
     with pytest.raises(ProtocolError) as caught:
         items.add(FunctionOutput("o", "call_2", "x"))
     assert caught.value.param == "item.call_id"
+    with pytest.raises(ProtocolError):
+        items.add(FunctionOutput("o", "call_1", "x"), "root")
     items.add(FunctionOutput("o", "call_1", "x"))
     items.delete("c")
     assert plain(items.messages("")) == [("user", "a")]

@@ -19,6 +19,7 @@ from websockets.exceptions import ConnectionClosed
 
 from omnispeech.config import TalkConfig
 from omnispeech.engine.events import EngineStatus, TextDelta
+from omnispeech.server.realtime.idle_timer import IdleTimer
 
 WHOLE = replace(DONE, speech_finish="stop")
 STOP = (TextDelta("Fine."), sound(500), WHOLE)
@@ -87,6 +88,20 @@ async def test_listening_to_a_reply_is_no_silence() -> None:
     assert time.monotonic() - replied_s > 2.4
 
 
+async def test_a_model_that_breaks_each_silence_does_not_keep_a_talk_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at = IdleTimer.at
+    monkeypatch.setattr(IdleTimer, "at", lambda timer, time_s: at(timer, time_s - 4.9))
+    engine = FakeEngine(*STOP)
+    async with talking(engine, TalkConfig(talk_idle_s=1.0)) as client:
+        detection = {"type": "server_vad", "idle_timeout_ms": 5000}
+        await client.begin(audio={"input": {"turn_detection": detection}})
+        await client.append(np.concatenate([noise(0.5), silence(1.0)]))
+        assert (await client.closed())[0] == 1000
+    assert 2 <= client.types().count("input_audio_buffer.timeout_triggered") < 20
+
+
 async def test_a_talk_with_a_reply_under_way_is_not_silent(gate: threading.Event) -> None:
     engine = FakeEngine(TextDelta("so "), gate, *STOP)
     async with talking(engine, TalkConfig(talk_idle_s=1.0)) as client:
@@ -124,6 +139,23 @@ async def test_a_full_input_buffer_keeps_what_it_has() -> None:
         await client.reply()
     (message,) = engine.heard
     assert len(message.content[0].samples) == pytest.approx(32_000, abs=200)
+
+
+async def test_a_turn_of_the_client_is_no_longer_than_a_sound_may_be() -> None:
+    async with talking(FakeEngine(*STOP), max_audio_s=2.0) as client:
+        await client.begin(**MANUAL)
+        await client.append(noise(2.1))
+        assert "2.1 s; at most 2 s" in (await client.error())["message"]
+
+
+async def test_what_a_full_conversation_refuses_is_not_told_as_committed() -> None:
+    async with talking(FakeEngine(*STOP), max_messages=1) as client:
+        await client.begin(**MANUAL)
+        await client.say()
+        await client.append(noise(0.3))
+        await client.send("input_audio_buffer.commit")
+        assert (await client.error())["code"] == "conversation_full"
+    assert client.types().count("input_audio_buffer.committed") == 1
 
 
 async def test_a_speaker_without_pause_is_answered_at_the_longest_turn() -> None:

@@ -1,10 +1,12 @@
 """Turns of a live conversation, told event by event."""
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,8 +26,14 @@ from omnispeech.engine.events import (
     TurnRequest,
 )
 from omnispeech.errors import GenerationError, Overloaded, PromptTooLong, Unauthorized
+from omnispeech.server.realtime.conversation import Conversation
+from omnispeech.server.realtime.idle_timer import IdleTimer
+from omnispeech.server.realtime.item_reading import Limits
+from omnispeech.server.realtime.items import Items
+from omnispeech.server.realtime.outbox import Outbox
 from omnispeech.server.realtime.output_audio import OutputAudio
-from omnispeech.server.realtime.prompting import Prompting
+from omnispeech.server.realtime.response import Response
+from omnispeech.server.realtime.session_settings import SessionSettings
 
 WHOLE = replace(DONE, speech_finish="stop")
 STOP = (TextDelta("Hel"), sound(500), TextDelta("lo"), sound(300, 500), WHOLE)
@@ -248,6 +256,25 @@ async def test_of_several_calls_the_first_counts_where_one_is_wanted(parallel: b
         await client.say()
         response = await client.reply()
     assert [call["name"] for call in response["output"]] == (["a", "b"] if parallel else ["a"])
+
+
+async def test_a_call_that_was_told_is_ended_though_the_reply_is_cancelled() -> None:
+    """Its last events still wait for a slow client: they are not taken back."""
+    told: list[str] = []
+    socket: Any = SimpleNamespace(send_text=lambda text: kept(told, text))
+    outbox = Outbox(socket)
+    conversation = Conversation(SessionSettings(), Items(Limits()), outbox)
+    settings = conversation.settings.for_turn()
+    response = Response(conversation, settings, RATE_HZ, lambda response: None)
+    response.take(ToolCall("f", "{}"))
+    assert response.stop("client_cancelled")
+    outbox.close()
+    await outbox.run()
+    assert told[-3:] == ["conversation.item.done", "response.output_item.done", "response.done"]
+
+
+async def kept(told: list[str], text: str) -> None:
+    told.append(json.loads(text)["type"])
 
 
 async def test_a_key_that_was_taken_away_ends_the_talk() -> None:
@@ -607,8 +634,8 @@ async def test_a_change_of_the_conversation_voids_what_was_begun_in_the_pause() 
 
 
 async def test_the_model_speaks_by_itself_after_a_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    at = Prompting.at
-    monkeypatch.setattr(Prompting, "at", lambda prompting, time_s: at(prompting, time_s - 4.9))
+    at = IdleTimer.at
+    monkeypatch.setattr(IdleTimer, "at", lambda timer, time_s: at(timer, time_s - 4.9))
     engine = FakeEngine(TextDelta("Hello"), sound(RATE_HZ // 2), WHOLE)
     async with talking(engine) as client:
         await client.begin(**vad(idle_timeout_ms=5000))

@@ -24,6 +24,18 @@ from omnispeech.server.voices import voice_problem
 MAX_TOKENS = 4096
 MAX_PAIRS, MAX_KEY, MAX_VALUE = 16, 64, 512  # of metadata
 MAX_NAME = 256  # characters of a model's name
+# asked of other models; told in the session, and refused with the reason
+UNSUPPORTED = {
+    "audio.input.noise_reduction": "the sound is taken as it is; send null",
+    "audio.output.speed": "the model speaks at its own speed; send 1.0",
+    "include": "there are no log probabilities; send null",
+    "prompt": "the server keeps no prompts; send instructions",
+    "reasoning": "the model answers without reasoning first; send null",
+    "tracing": "what is traced is up to the server; send auto or null",
+    "truncation.token_limits": "the limit is the context of the model; leave it out",
+    "tool_choice": "the model cannot be made to call a tool; send auto or none",
+    "tools.mcp": "the server calls no MCP servers; offer a function and call it yourself",
+}
 OLD_FORMATS = {"pcm16": PCM_24K, "g711_ulaw": PCMU, "g711_alaw": PCMA}  # of the beta
 
 Modality = Literal["audio", "text"]
@@ -89,9 +101,7 @@ def tool_choice(value: Any) -> str:
     if value in ("auto", "none", None):
         return value or "auto"
     if value == "required" or isinstance(value, dict):
-        raise ProtocolError(
-            "the model cannot be made to call a tool; allowed: auto, none", code="unsupported"
-        )
+        raise ProtocolError(UNSUPPORTED["tool_choice"], code="unsupported")
     raise RequestError("allowed: auto, none")
 
 
@@ -110,9 +120,7 @@ RETENTION = group(
     {
         "type": checked(one_of("retention_ratio")),
         "retention_ratio": leaf("ratio", number(0.0, 1.0)),
-        "token_limits": checked(
-            unsupported("the limit is the model's context (the server's context_length)")
-        ),
+        "token_limits": checked(unsupported(UNSUPPORTED["truncation.token_limits"])),
     }
 )
 

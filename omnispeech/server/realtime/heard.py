@@ -45,10 +45,6 @@ class Heard:
     def audio_ms(self) -> float:
         return self._audio_ms
 
-    @property
-    def finished(self) -> bool:
-        return self._finished
-
     def add_text(self, text: str, from_s: float) -> None:
         self._deltas.append(_Delta(text, from_s * 1000))
 

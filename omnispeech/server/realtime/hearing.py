@@ -21,8 +21,7 @@ class Hearing:
         self._max_audio_s = max_audio_s
         self._speculate_ms = speculate_ms
         self._settings = settings
-        # the detector ends a turn at max_audio_s; until it has seen that, a piece more is held
-        self._audio = InputAudio(settings.input_format, max_audio_s + 2 * PIECE_S)
+        self._audio = InputAudio(settings.input_format, max_audio_s)
         self._detector: TurnDetector | None = None
 
     @property
@@ -52,11 +51,13 @@ class Hearing:
                 longest_ms=round(self._max_audio_s * 1000),
             )
             self._audio.forget(self._detector.needed_from_ms)
+        # the detector ends a turn at max_audio_s; until it has seen that, a piece more is held
+        self._audio.max_s = self._max_audio_s + (2 * PIECE_S if self._detector else 0.0)
         self._settings = settings
 
     async def append(self, sound: bytes) -> AsyncIterator[TurnEvent]:
-        """Off the event loop, in order. Raises AudioError, and keeps nothing of `sound`, if the
-        buffer would hold more than it may."""
+        """Off the event loop, in order. Raises AudioError if the buffer would hold too much: then
+        nothing is kept of `sound`, or with a detector of the piece that was too much."""
         if self._detector is None:
             await asyncio.to_thread(self._audio.append, sound)
             return

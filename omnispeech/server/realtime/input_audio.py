@@ -25,7 +25,7 @@ class InputAudio:
     """
 
     def __init__(self, format: AudioFormat, max_s: float) -> None:
-        self._max_s = max_s
+        self.max_s = max_s
         self._pieces: deque[Samples] = deque()
         self._begin = 0  # the place of the first sample held
         self._end = 0  # the place after the last
@@ -55,9 +55,9 @@ class InputAudio:
         sound = self._half + data
         whole = len(sound) - len(sound) % self._format.bytes_per_sample
         seconds = (self.held_ms + self._format.milliseconds(whole)) / 1000
-        if seconds > self._max_s:
+        if seconds > self.max_s:
             raise AudioError(
-                f"the input audio buffer would hold {seconds:.1f} s; at most {self._max_s:g} s "
+                f"the input audio buffer would hold {seconds:.1f} s; at most {self.max_s:g} s "
                 "may wait: commit or clear it first"
             )
         self._half = sound[whole:]

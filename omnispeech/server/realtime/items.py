@@ -180,16 +180,24 @@ class Items:
                 param="previous_item_id",
             )
         if isinstance(item, FunctionOutput):
-            self._check_call(item, place)
+            self._check_call(item, previous_item_id, place)
 
-    def _check_call(self, output: FunctionOutput, place: str) -> None:
-        calls = {item.call_id for item in self if isinstance(item, FunctionCall)}
+    def _check_call(self, output: FunctionOutput, previous_item_id: str | None, place: str) -> None:
+        before = self._until(previous_item_id)
+        calls = {item.call_id for item in before if isinstance(item, FunctionCall)}
         if output.call_id not in calls:
             raise ProtocolError(
                 f"{place}.call_id={shown(output.call_id)} is of no call before it",
                 code="item_create_invalid_call_id",
                 param=f"{place}.call_id",
             )
+
+    def _until(self, item_id: str | None) -> Iterator[Item]:
+        """From the first to this one; None: to the last; "root": none."""
+        for item in () if item_id == ROOT else self:
+            yield item
+            if item.id == item_id:
+                return
 
     def _insert(self, item: Item, previous: str | None) -> None:
         following: list[Item] = []

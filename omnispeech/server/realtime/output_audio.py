@@ -20,23 +20,12 @@ class OutputAudio:
     def __init__(self, from_hz: int, format: AudioFormat) -> None:
         self._format = format
         self._resampler = LiveResampler(from_hz, format.rate)
-        self._sent_bytes = 0
-
-    @property
-    def sent_ms(self) -> float:
-        """Of the pieces taken from the iterators so far."""
-        return self._format.milliseconds(self._sent_bytes)
 
     def push(self, pcm: bytes) -> Iterator[bytes]:
         """16-bit PCM of whole samples -> pieces of at most half a second"""
         samples = self._resampler.push(samples_from_pcm16(pcm))
-        return self._counted(self._format.encode(samples))
+        return self._format.pieces(self._format.encode(samples), LONGEST_PIECE_S)
 
     def finish(self) -> Iterator[bytes]:
         """What was still held; nothing may be pushed after it."""
-        return self._counted(self._format.encode(self._resampler.finish()))
-
-    def _counted(self, sound: bytes) -> Iterator[bytes]:
-        for piece in self._format.pieces(sound, LONGEST_PIECE_S):
-            self._sent_bytes += len(piece)
-            yield piece
+        return self._format.pieces(self._format.encode(self._resampler.finish()), LONGEST_PIECE_S)

@@ -121,7 +121,7 @@ class Response:
         tell(f"{kind}.delta", **place, delta=call.arguments)
         tell(f"{kind}.done", **place, name=call.name, arguments=call.arguments)
         item.arguments = call.arguments
-        self._close(item, "completed")
+        self._close(item, "completed")  # not to be taken back: it was told whole
 
     def _add(self, item: Item) -> dict[str, Any]:
         """Gives the fields by which events name the item's place."""
@@ -132,16 +132,18 @@ class Response:
             self._conversation.add(item)
         return place
 
-    def _close(self, item: Item, status: Literal["completed", "incomplete"]) -> None:
+    def _close(
+        self, item: Item, status: Literal["completed", "incomplete"], of: object = None
+    ) -> None:
         item.status = status
         if not self.out_of_band:
-            self._conversation.finish(item, self)
+            self._conversation.finish(item, of)
         place: dict[str, Any] = {
             "response_id": self.id,
             "output_index": self._output.index(item),
         }
         told = item.described()
-        self._conversation.tell("response.output_item.done", self, **place, item=told)
+        self._conversation.tell("response.output_item.done", of, **place, item=told)
 
     def _end(self, status: Status, details: dict[str, Any] | None) -> None:
         """What it tells is taken back together with the deltas before it."""
@@ -150,7 +152,9 @@ class Response:
             if status in ("cancelled", "failed"):
                 self._message.cut()
             self._message.close()
-            self._close(self._message.item, "completed" if status == "completed" else "incomplete")
+            self._close(
+                self._message.item, "completed" if status == "completed" else "incomplete", self
+            )
         told = self._described()
         self._conversation.tell("response.done", self, lambda: self._on_sent(self), response=told)
 

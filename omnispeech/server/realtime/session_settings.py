@@ -8,7 +8,9 @@ from omnispeech.audio.formats import PCM_24K, AudioFormat
 from omnispeech.engine.events import Tool
 from omnispeech.server.realtime.client_events import shown
 from omnispeech.server.realtime.field_values import (
+    MAX_NAME,
     NO_TRANSCRIPTION,
+    UNSUPPORTED,
     Modality,
     Truncation,
     audio_format,
@@ -39,20 +41,7 @@ from omnispeech.server.realtime.tools import described_tool, tools
 from omnispeech.server.realtime.turn_settings import DEFAULT, ServerVAD, turn_detection
 from omnispeech.server.voices import VOICE
 
-MAX_NAME = 256  # characters
 MAX_TEMPERATURE = 2.0
-# asked of other models; told in the session, and refused with the reason
-UNSUPPORTED = {
-    "audio.input.noise_reduction": "the sound is taken as it is; send null",
-    "audio.output.speed": "the model speaks at its own speed; send 1.0",
-    "include": "there are no log probabilities; send null",
-    "prompt": "the server keeps no prompts; send instructions",
-    "reasoning": "the model answers without reasoning first; send null",
-    "tracing": "what is traced is up to the server; send auto or null",
-    "truncation.token_limits": "the limit is the context of the model; leave it out",
-    "tool_choice": "the model cannot be made to call a tool; send auto or none",
-    "tools.mcp": "the server calls no MCP servers; offer a function and call it yourself",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

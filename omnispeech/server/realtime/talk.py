@@ -64,17 +64,17 @@ class Talk:
             reply_tokens=limits.reply_tokens,
             max_text_chars=config.max_text_chars,
         )
-        self._talk = Conversation(settings, Items(self._item_limits), Outbox.closed())
-        self._answers = Answers(engine, self._talk, self._over, self._heard)
+        self._conversation = Conversation(settings, Items(self._item_limits), Outbox.closed())
+        self._answers = Answers(engine, self._conversation, self._over, self._heard)
         self._hear_anew()
 
     async def enter(self, outbox: Outbox, on_end: OnEnd, *, resumed: bool) -> None:
         """The first event is told here."""
-        self._talk.outbox, self._on_end = outbox, on_end
+        self._conversation.outbox, self._on_end = outbox, on_end
         self._touch()
-        refused = await self._commands.listen(self._talk.settings)
+        refused = await self._commands.listen(self._conversation.settings)
         told = self._described() | ({"resumed": True} if resumed else {})
-        self._talk.tell("session.created", session=told)
+        self._conversation.tell("session.created", session=told)
         self._commands.tell_errors(refused)
 
     async def leave(self, *, lost: bool) -> None:
@@ -86,15 +86,15 @@ class Talk:
 
     def _hear_anew(self) -> None:
         """Nothing that was being said matters any more."""
-        talk, limits = self._talk, self._limits
-        hearing = Hearing(talk.settings, self._config.max_audio_s, limits.speculate_ms)
-        self._transcripts = Transcripts(self._engine, talk)
+        conversation, limits = self._conversation, self._limits
+        hearing = Hearing(conversation.settings, self._config.max_audio_s, limits.speculate_ms)
+        self._transcripts = Transcripts(self._engine, conversation)
         self._turns = Turns(
-            self._engine, talk, hearing, self._answers, self._transcripts, self._figures
+            self._engine, conversation, hearing, self._answers, self._transcripts, self._figures
         )
         self._hearing = hearing
         self._commands = Commands(
-            talk,
+            conversation,
             hearing,
             self._turns,
             self._answers,
@@ -110,10 +110,10 @@ class Talk:
             read = asyncio.to_thread(asked.parse, text) if len(text) > LARGE else None
             event = await read if read else asked.parse(text)
             event_id = event.event_id
-            async with self._talk.order:
+            async with self._conversation.order:
                 await self._commands.obey(event)
         except OmniSpeechError as exc:
-            self._talk.outbox.put(error_event(exc, event_id))
+            self._conversation.outbox.put(error_event(exc, event_id))
 
     def due(self) -> tuple[float, Close]:
         """When this talk has to end if nothing more happens, and how."""
@@ -131,7 +131,8 @@ class Talk:
             self._on_end(Close(RESTART, STOPPING, "stopping"))
 
     def _silent_from_s(self) -> float:
-        busy = self._answers.busy or self._hearing.speaking
+        replying = self._answers.busy and not self._turns.unasked
+        busy = replying or self._hearing.speaking
         return self._loop.time() if busy else self._last_s
 
     def _touch(self) -> None:
@@ -139,7 +140,7 @@ class Talk:
 
     def _described(self) -> dict[str, Any]:
         model = self._config.model_name
-        return self._talk.settings.described(self.id, model, self._expires_at)
+        return self._conversation.settings.described(self.id, model, self._expires_at)
 
     def _over(self, response: Response, failure: OmniSpeechError | None) -> None:
         """A reply has ended."""
@@ -152,6 +153,7 @@ class Talk:
 
     def _heard(self, response: Response) -> None:
         """The client has been sent all of a reply."""
-        self._last_s = max(self._loop.time(), response.played_s)
+        if not self._turns.unasked:  # or a model that breaks every silence would never be alone
+            self._last_s = max(self._loop.time(), response.played_s)
         if response.status in ("completed", "incomplete"):
             self._turns.wait_for_speech(response.played_s)

@@ -7,13 +7,13 @@ from typing import Any
 from omnispeech.engine.events import Tool
 from omnispeech.errors import RequestError
 from omnispeech.server.realtime.client_events import shown
+from omnispeech.server.realtime.field_values import UNSUPPORTED
 from omnispeech.server.realtime.fields import MAX_FIELD_BYTES, Read, Reader
 from omnispeech.server.realtime.refusals import ProtocolError
 
 MAX_TOOLS = 128
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 FIELDS = ("type", "name", "description", "parameters")
-MCP = "the server calls no MCP servers; offer a tool of type function and call it yourself"
 
 
 def tools(max_characters: int) -> Reader:
@@ -61,7 +61,7 @@ def _tool(item: Any) -> Tool:
     if not isinstance(item, dict):
         raise RequestError("send an object with type, name, description and parameters")
     if item.get("type") == "mcp":
-        raise ProtocolError(MCP, code="unsupported")
+        raise ProtocolError(UNSUPPORTED["tools.mcp"], code="unsupported")
     if item.get("type") != "function":
         raise RequestError("its type is not function, the one type known")
     if unknown := sorted(item.keys() - set(FIELDS)):

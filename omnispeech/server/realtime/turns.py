@@ -11,9 +11,9 @@ from omnispeech.server.realtime.answers import Answers
 from omnispeech.server.realtime.begun_turn import BegunTurn
 from omnispeech.server.realtime.conversation import Conversation
 from omnispeech.server.realtime.hearing import Hearing
+from omnispeech.server.realtime.idle_timer import IdleTimer
 from omnispeech.server.realtime.ids import new_id
 from omnispeech.server.realtime.item_kinds import user_sound
-from omnispeech.server.realtime.prompting import Prompting
 from omnispeech.server.realtime.refusals import error_event
 from omnispeech.server.realtime.transcripts import Transcripts
 from omnispeech.server.realtime.turn_detection import (
@@ -51,18 +51,19 @@ class Turns:
         self._hearing = hearing
         self._answers = answers
         self._transcripts = transcripts
-        self._prompting = Prompting(self._prompt)
+        self._idle_timer = IdleTimer(self._speak_unasked)
         self._figures = figures
         self._item_id: str | None = None  # of what is being said
         self._guess: BegunGuess | None = None
         self._owed = False  # an answer, once the one under way has ended
+        self.unasked = False  # the last reply: it broke a silence
 
     def take(self, event: TurnEvent, came_s: float) -> None:
         """came_s: when the sound arrived that made it certain, on the event loop's clock."""
         vad = self._conversation.settings.turn_detection
         if vad is None:
             return
-        self._prompting.cancel()
+        self._somebody_is_there()
         match event:
             case SpeechStarted():
                 self._start(event, vad, came_s)
@@ -124,9 +125,9 @@ class Turns:
         """The last reply has been heard then, on the event loop's clock."""
         vad = self._conversation.settings.turn_detection
         if vad and vad.idle_timeout_ms:
-            self._prompting.at(from_s + vad.idle_timeout_ms / 1000)
+            self._idle_timer.at(from_s + vad.idle_timeout_ms / 1000)
 
-    async def _prompt(self) -> None:
+    async def _speak_unasked(self) -> None:
         """Nobody has said anything since: the model does."""
         async with self._conversation.order:
             vad = self._conversation.settings.turn_detection
@@ -151,6 +152,7 @@ class Turns:
         if len(silence):  # a client may send no sound while nobody speaks
             self.commit(silence)
         self._item_id = None
+        self.unasked = True
         self.answer()
 
     def go_on(self) -> None:
@@ -166,12 +168,16 @@ class Turns:
     def give_way(self) -> None:
         """The client asks for a reply by itself, which is also the one that was owed."""
         self.forget_guess()
-        self._prompting.cancel()
+        self._somebody_is_there()
         self._owed = False
+
+    def _somebody_is_there(self) -> None:
+        self.unasked = False
+        self._idle_timer.cancel()
 
     def leave(self) -> None:
         self.forget()
-        self._prompting.cancel()
+        self._idle_timer.cancel()
         self._owed = False
 
     def _begin_guess(self, event: Paused) -> None:

@@ -4,11 +4,11 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 
-class Prompting:
-    """Calls `prompt` at the time that was set last."""
+class IdleTimer:
+    """Calls `speak` at the time that was set last."""
 
-    def __init__(self, prompt: Callable[[], Awaitable[None]]) -> None:
-        self._prompt = prompt
+    def __init__(self, speak: Callable[[], Awaitable[None]]) -> None:
+        self._speak = speak
         self._task: asyncio.Task[None] | None = None
 
     def at(self, time_s: float) -> None:
@@ -18,7 +18,7 @@ class Prompting:
 
     async def _run(self, time_s: float) -> None:
         await asyncio.sleep(time_s - asyncio.get_running_loop().time())
-        await self._prompt()
+        await self._speak()
 
     def cancel(self) -> None:
         if self._task:
