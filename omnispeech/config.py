@@ -187,6 +187,9 @@ class TalkConfig:
     speculate_ms: int = setting(
         200, "silence after which an answer is begun, and thrown away if speech goes on; 0: not"
     )
+    talk_audio_s: float = setting(
+        800.0, "of sound that one conversation keeps: 26 MB; a context of 8192 holds 655"
+    )
     reply_tokens: int = setting(256, "text tokens of a reply where the client names no limit")
     max_frame_mb: int = setting(24, "of one WebSocket message")
     transcription: Literal["off", "model"] = setting(
@@ -200,6 +203,7 @@ class TalkConfig:
         _check_range("max_talk_s", self.max_talk_s, 1.0, 86_400.0)
         _check_range("resume_s", self.resume_s, 0.0, 3600.0)
         _check_range("speculate_ms", self.speculate_ms, 0, 5000)
+        _check_range("talk_audio_s", self.talk_audio_s, 1.0, 86_400.0)
         _check_range("reply_tokens", self.reply_tokens, 1, 4096)
         _check_range("max_frame_mb", self.max_frame_mb, 1, 1024)
 
@@ -213,10 +217,14 @@ class AccessConfig:
     tls_certificate: str = setting("", "PEM file; with tls_key the server speaks https and wss")
     tls_key: str = setting("", "PEM file")
     upload_s: float = setting(60.0, "the body of a request may take this long to arrive")
+    stalled_s: float = setting(
+        60.0, "a caller that takes nothing of its reply this long is given up"
+    )
     max_connections: int = setting(512, "open at a time; one more is told to come back later")
 
     def __post_init__(self) -> None:
         _check_range("upload_s", self.upload_s, 1.0, 86_400.0)
+        _check_range("stalled_s", self.stalled_s, 1.0, 86_400.0)
         _check_range("max_connections", self.max_connections, 1, 1_000_000)
         for origin in self.listed_origins:
             _check_origin(origin)

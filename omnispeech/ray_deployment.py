@@ -40,7 +40,7 @@ try:
 except ImportError as exc:
     raise ConfigError(
         "Ray Serve is not installed, and more than one replica needs it; "
-        "run: pip install 'omnispeech[ray]'"
+        "run: pip install 'ray[serve]>=2.60'"
     ) from exc
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,8 @@ from omnispeech.errors import ConfigError, TooManyRequests, Unauthorized
 from omnispeech.server.access import keys as keys_module
 from omnispeech.server.access.callers import CALLER
 from omnispeech.server.access.keys import LOOK_S, Keys
-from omnispeech.server.access.refused import close_reason
 from omnispeech.server.app import create_app
+from omnispeech.server.refusal_by_path import close_reason
 
 WAV = sound_file(tone(0.2))
 
@@ -175,12 +175,14 @@ def test_a_key_that_stays_keeps_its_account(tmp_path: Path) -> None:
 def test_the_last_key_taken_away_does_not_open_the_door(tmp_path: Path) -> None:
     clock = Clock()
     keys = Keys(key_file(tmp_path, alice=ALICE), clock=clock)
-    key_file(tmp_path)
+    key_file(tmp_path, "[keys]")
     clock.now_s += LOOK_S
     assert keys.find(ALICE) is None and keys.needed and not keys.metrics_are_open
 
 
-@pytest.mark.parametrize("broken", ["keys = [", '[keys.bob]\nkey = "short"', None])
+@pytest.mark.parametrize(
+    "broken", ["keys = [", '[keys.bob]\nkey = "short"', "", "open_metrics = true", None]
+)
 def test_a_file_that_breaks_leaves_the_keys_as_they_were(
     broken: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -195,6 +197,18 @@ def test_a_file_that_breaks_leaves_the_keys_as_they_were(
     key_file(tmp_path, bob=BOB)
     clock.now_s += LOOK_S
     assert name_of(keys, BOB) == "bob"
+
+
+def test_a_file_beside_keys_of_the_environment_needs_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Clock()
+    path = key_file(tmp_path, "open_metrics = true")
+    keys = Keys(path, ALICE, clock)
+    assert keys.metrics_are_open
+    path.write_text("open_metrics = false")
+    clock.now_s += LOOK_S
+    assert not keys.metrics_are_open and not caplog.records
 
 
 def test_a_file_that_others_may_read_is_warned_of(

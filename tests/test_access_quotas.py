@@ -297,6 +297,64 @@ async def test_used_up_requests_are_429_for_this_key_alone(tmp_path: Path) -> No
     assert (await ask(app, "/v1/speech/x", headers=bearer(ALICE))).status_code == 404  # no reply
 
 
+def bodiless(path: str) -> bytes:
+    """The head of a request whose body never comes."""
+    lines = [f"POST {path} HTTP/1.1", "Host: 127.0.0.1", "Content-Length: 1000000"]
+    return "\r\n".join([*lines, f"Authorization: Bearer {ALICE}", "", ""]).encode()
+
+
+@pytest.mark.parametrize("path", ["/v1/speech", "/v1/chat/completions", "/worker_generate_stream"])
+async def test_a_used_up_key_is_told_before_its_body_is_read(path: str, tmp_path: Path) -> None:
+    limits = key_file(tmp_path, "requests_per_minute = 1", alice=ALICE)
+    with serving(FakeEngine(*WHOLE), access=AccessConfig(api_keys=str(limits))) as url:
+        async with httpx.AsyncClient() as client:
+            answer = await client.post(f"{url}/v1/speech", headers=bearer(ALICE), content=WAV)
+        assert answer.status_code == 200
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        writer.write(bodiless(path))
+        told = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).decode().lower()
+        writer.close()
+    assert told.startswith("http/1.1 429 ") and "retry-after: 60" in told
+
+
+async def test_a_key_whose_places_are_taken_is_told_before_its_body_is_read(tmp_path: Path) -> None:
+    limits = key_file(tmp_path, "conversations = 1", alice=ALICE)
+    with serving(FakeEngine(*WHOLE), access=AccessConfig(api_keys=str(limits))) as url:
+        async with realtime(url, ALICE) as socket:
+            await told(socket, "session.created")
+            reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+            writer.write(bodiless("/v1/speech"))
+            line = await asyncio.wait_for(reader.readline(), 5)
+            writer.close()
+    assert b" 429 " in line
+
+
+async def test_a_used_up_key_begins_no_talk_and_comes_back_to_one_that_it_lost(
+    tmp_path: Path,
+) -> None:
+    limits = key_file(tmp_path, "requests_per_minute = 1", alice=ALICE)
+    with serving(FakeEngine(*WHOLE), access=AccessConfig(api_keys=str(limits))) as url:
+        async with realtime(url, ALICE) as lost:
+            session = (await told(lost, "session.created"))["session"]
+            assert (await asks(lost))["response"]["status"] == "completed"
+            lost.transport.abort()
+        async with realtime(url, ALICE) as socket:
+            with pytest.raises(websockets.ConnectionClosed) as raised:
+                await socket.recv()
+        assert raised.value.rcvd is not None and raised.value.rcvd.code == 1013
+        address = url.replace("http", "ws", 1) + f"/v1/realtime?resume={session['id']}"
+        async with connect(address, additional_headers=bearer(ALICE)) as socket:
+            assert (await told(socket, "session.created"))["session"]["id"] == session["id"]
+
+
+def test_to_look_costs_nothing() -> None:
+    account = Account("alice", Limits(requests_per_minute=1, conversations=1))
+    for _ in range(3):
+        account.peek()
+    account.take_conversation()
+    account.take_request()
+
+
 async def test_used_up_sound_is_429(tmp_path: Path) -> None:
     path = key_file(tmp_path, "audio_seconds_per_minute = 1.5", alice=ALICE)
     app = app_behind(path)

@@ -1,5 +1,6 @@
 """`omnispeech chat`: files, a pipe and devices, each in a process of its own as people have it."""
 
+import asyncio
 import importlib.util
 import os
 import re
@@ -21,6 +22,7 @@ from page_browser import Line, line_to
 from terminal_window import COMMAND, Window
 from websockets.sync.client import connect
 
+from omnispeech.cli import main
 from omnispeech.config import AccessConfig, TalkConfig
 from omnispeech.engine.events import Audio, AudioDelta, Text, TextDelta, TurnRequest
 from omnispeech.errors import GenerationError
@@ -186,6 +188,7 @@ def test_without_a_microphone_the_names_of_files_are_asked_for() -> None:
         done = chat(server=url, stdin=b"\nnone.wav\nquestion.wav\nquestion.wav\nquit\nmore.wav\n")
     assert done.returncode == 1 and len(engine.requests) == 2
     assert done.stderr == b"omnispeech: none.wav does not exist; name a sound file\n"
+    assert done.stdout.startswith(b"no microphone was found (it needs: pip install sounddevice")
     assert b"type the name of a sound file, or quit" in done.stdout
     assert done.stdout.count(b"sound file, or quit: ") == 5
     assert Path("reply-2.wav").exists()
@@ -259,20 +262,24 @@ def test_a_listener_who_leaves_ends_it() -> None:
         (["-", "--rate", "5"], "--rate 5: give 8000 to 192000 Hz"),
         (["question.wav", "-o", "reply.mp3"], "give -o a name that ends in .wav"),
         (["question.wav", "--text", "-o", "-"], "--text brings no sound to write"),
+        (["question.wav", "--push-to-talk"], "each file is a question of its own"),
     ],
 )
-def test_what_cannot_be_asked_for_is_one_line(arguments: list[str], words: str) -> None:
-    done = chat(*arguments, server=NOWHERE)
-    assert done.returncode == 1
-    assert words in done.stderr.decode() and done.stderr.count(b"\n") == 1
+def test_what_cannot_be_asked_for_is_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["chat", "--server", NOWHERE, *arguments]) == 1
+    told = capsys.readouterr().err
+    assert words in told and told.count("\n") == 1
 
 
 @pytest.mark.parametrize("server", [NOWHERE, "localhost:9", "ftp://x", "http://["])
-def test_no_server_is_one_line(server: str) -> None:
-    done = chat("question.wav", server=server)
-    assert done.returncode == 1 and done.stderr.count(b"\n") == 1
+def test_no_server_is_one_line(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "question.wav", "--server", server]) == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
     if server == NOWHERE:
-        assert b"model_worker.py --models" in done.stderr
+        assert "model_worker.py --models" in told
 
 
 def test_a_full_server_is_one_line() -> None:
@@ -366,22 +373,17 @@ def test_push_to_talk(devices: None, long_reply: tuple[str, FakeEngine]) -> None
         window.until_shown("Enter begins and ends")
         window.type("\n")
         window.until_shown("hearing you  [##")
-        wait(0.6)
+        time.sleep(0.6)
         window.type("\n")
         window.until_shown("speaking  [##")
-        window.type("\n")  # interrupts, and begins the next
+        window.type("\n\n")  # interrupts and begins the next, ends it before anything is said
         window.until_shown("interrupted after")
-        window.type("\n")
         window.until_shown("that was too short")
         window.type("quit\n")
         assert window.status() == 0
     assert len(engine.requests) == 1
     assert 0.5 < len(engine.heard[0].content[0].samples) / 16_000 < 2.0
     assert "\nquit" not in window.text()  # keys do not show
-
-
-def wait(seconds: float) -> None:
-    time.sleep(seconds)
 
 
 def test_a_reply_that_is_read_while_it_comes_fits_the_width() -> None:
@@ -414,8 +416,6 @@ class Slow(FakeEngine):
     """Its first reply stops in the middle until it is given up."""
 
     async def answer(self, request: TurnRequest) -> Any:
-        import asyncio
-
         count = len(self.requests)
         async for event in super().answer(request):
             yield event
@@ -462,16 +462,40 @@ def test_a_conversation_that_is_gone_is_one_clear_line() -> None:
 # the SDK in place of a library of our own
 
 
+def example(question: Path, url: str) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run(
+        [sys.executable, TESTS.parent / "examples" / "talk.py", question],
+        env={**os.environ, "OPENAI_BASE_URL": f"{url}/v1"},
+        capture_output=True,
+        timeout=30,
+    )
+
+
 def test_the_example_of_the_sdk_talks() -> None:
     pytest.importorskip("openai")
     engine = speaker("Hello", "there")
     with serving(engine) as url:
-        done = subprocess.run(
-            [sys.executable, TESTS.parent / "examples" / "talk.py", QUESTION],
-            env={**os.environ, "OPENAI_BASE_URL": f"{url}/v1"},
-            capture_output=True,
-            timeout=30,
-        )
+        done = example(QUESTION, url)
     assert (done.returncode, done.stdout) == (0, b"Hello there \nreply.wav\n"), done.stderr
     assert soundfile.info("reply.wav").duration == pytest.approx(0.4, abs=0.001)
+    assert len(engine.heard[0].content[0].samples) == soundfile.info(QUESTION).frames
+
+
+def test_the_example_refuses_what_would_be_heard_as_noise() -> None:
+    pytest.importorskip("openai")
+    Path("stereo.wav").write_bytes(sound_file(tone(0.3, channels=2)))
+    done = example(Path("stereo.wav"), NOWHERE)
+    assert done.returncode == 1
+    assert done.stderr == b"stereo.wav: 2 channels of 16 bits; give 16-bit mono sound\n"
+
+
+def test_the_lines_of_the_readme_talk() -> None:
+    pytest.importorskip("openai")
+    readme = (TESTS.parent / "README.md").read_text(encoding="utf-8")
+    lines = readme.split("```python\n")[1].split("```")[0]
+    engine = speaker("Hello")
+    with serving(engine) as url:
+        command = [sys.executable, "-c", lines.replace("http://127.0.0.1:8000", url)]
+        done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, timeout=30)
+    assert (done.returncode, done.stdout) == (0, b"Hello "), done.stderr
     assert len(engine.heard[0].content[0].samples) == soundfile.info(QUESTION).frames

@@ -79,6 +79,11 @@ NO_TORCH_FILES |= {"engine/scheduler.py", "engine/session.py", "audio/io.py", "a
 NO_TORCH_FILES |= {"engine/reply_text.py", "engine/tool_calls.py"}
 NO_TORCH_FILES |= {"audio/formats.py", "audio/g711.py", "audio/polyphase.py", "audio/vad.py"}
 
+# parts of server/realtime: each may import those before it
+OF_A_TALK = ("protocol", "settings", "items", "hearing", "outbox", "conversation", "replies")
+OF_A_TALK += ("idle_timer", "transcripts", "turns", "commands", "talk", "connection", "talks")
+OF_A_TALK += ("route",)
+
 
 def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
@@ -145,6 +150,18 @@ def test_an_arrow_turned_round_is_found(
     copy.write_text(f"{line}\n{(PACKAGE / path).read_text(encoding='utf-8')}", encoding="utf-8")
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
     assert wrong_imports(copy)
+
+
+def test_the_parts_of_a_live_conversation_build_on_those_before_them() -> None:
+    folder, found = PACKAGE / "server" / "realtime", set()
+    for path in sorted(folder.rglob("*.py")):
+        part = path.relative_to(folder).parts[0].removesuffix(".py")
+        prefix = "omnispeech.server.realtime."
+        used = {m.removeprefix(prefix).split(".")[0] for m in imported(path) if prefix in m}
+        if part != "__init__":
+            found.add(part)
+            assert used <= {*OF_A_TALK[: OF_A_TALK.index(part) + 1]}, path
+    assert found == {*OF_A_TALK}
 
 
 def test_every_part_is_in_the_table() -> None:

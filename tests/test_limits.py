@@ -3,6 +3,9 @@
 import asyncio
 import json
 import logging
+import socket
+import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +14,7 @@ import httpx
 import pytest
 import websockets
 from access_keys import ALICE, key_file, whole_server
-from fake_engine import FakeEngine, serving, sound_file, tone
+from fake_engine import DONE, FakeEngine, serving, sound, sound_file, tone
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from websockets.asyncio.client import connect
 
@@ -312,3 +315,82 @@ async def test_who_is_being_answered_or_talks_is_left_alone(
         status, _, _ = await said(reader)
         writer.close()
     assert status == 400  # 1000 zeros are no sound
+
+
+# ---- callers that do not read
+
+
+MUCH = tuple(sound(24_000) for _ in range(600))  # 29 MB: more than sockets keep
+TRIGGERS = {
+    "/ws/stream": [bytes(3200), json.dumps({"type": "trigger_response"})],
+    "/v1/realtime": [
+        json.dumps(
+            {
+                "type": "conversation.item.create",
+                "item": {
+                    "type": "message",
+                    "role": "user",
+                    "content": [{"type": "input_text", "text": "hello"}],
+                },
+            }
+        ),
+        json.dumps({"type": "response.create"}),
+    ],
+}
+
+
+def small_socket(port: int) -> socket.socket:
+    """Takes no more than a few kB that nobody reads."""
+    one = socket.socket()
+    one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    one.connect(("127.0.0.1", port))
+    return one
+
+
+SPEAK = HEAD.replace(b"/v1/speech", b"/v1/speech?format=pcm").replace(b"1000", b"%d" % len(WAV))
+
+
+def test_who_reads_nothing_of_a_reply_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    engine = FakeEngine(*MUCH, threading.Event(), DONE)
+    with (
+        caplog.at_level(logging.INFO),
+        whole_server(AccessConfig(stalled_s=1.0), engine) as port,
+        small_socket(port) as caller,
+    ):
+        caller.sendall(SPEAK + b"\r\n" + WAV)
+        assert engine.cancelled.wait(10)
+    assert "took nothing of its reply for 1 s" in caplog.text and "Traceback" not in caplog.text
+
+
+def test_who_reads_slowly_gets_the_whole_reply() -> None:
+    engine = FakeEngine(*MUCH[:100], DONE)  # 4.8 MB
+    with whole_server(AccessConfig(stalled_s=1.0), engine) as port, small_socket(port) as caller:
+        caller.sendall(SPEAK + b"Connection: close\r\n\r\n" + WAV)
+        got, begun_s = 0, time.monotonic()
+        while piece := caller.recv(40_000):
+            got += len(piece)
+            if time.monotonic() - begun_s < 3:
+                time.sleep(0.03)
+    assert got > 100 * 48_000 and not engine.cancelled.is_set()
+
+
+@pytest.mark.parametrize("path", sorted(TRIGGERS))
+async def test_a_talk_that_reads_nothing_loses_its_connection(
+    path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        caplog.at_level(logging.INFO),
+        whole_server(AccessConfig(stalled_s=1.0), FakeEngine(*MUCH, DONE)) as port,
+        small_socket(port) as caller,
+    ):
+        address = f"ws://127.0.0.1:{port}{path}"
+        async with connect(address, sock=caller, max_queue=1, ping_interval=None) as client:
+            for message in TRIGGERS[path]:
+                await client.send(message)
+            for _ in range(100):
+                if "took nothing of its reply for 1 s" in caplog.text:
+                    break
+                await asyncio.sleep(0.1)
+            else:
+                raise AssertionError("its connection stays")
+            client.transport.abort()

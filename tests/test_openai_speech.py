@@ -167,6 +167,14 @@ def test_what_cannot_be_spoken_is_refused_by_name(
     )
 
 
+@pytest.mark.parametrize("body", [{"speech_temperature": -1}, {"seed": -1}])
+def test_a_number_out_of_range_is_named(client: openai.OpenAI, body: dict[str, int]) -> None:
+    with pytest.raises(openai.BadRequestError) as info:
+        client.audio.speech.create(**WANTED, extra_body=body)
+    [(name, value)] = body.items()
+    assert info.value.param == name and f"{name}={value}" in info.value.message
+
+
 def test_the_formats_are_named_as_this_route_calls_them(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="'mp3', 'opus', 'flac', 'wav' or 'pcm'"):
         client.audio.speech.create(**WANTED, response_format="aac")

@@ -464,7 +464,7 @@ def test_where_the_server_hears_no_ends_of_speech_a_button_does(
     def detector() -> None:
         raise Unsupported("onnxruntime is not installed")
 
-    monkeypatch.setattr("omnispeech.server.realtime.hearing.SpeechDetector", detector)
+    monkeypatch.setattr("omnispeech.server.realtime.hearing.hearing.SpeechDetector", detector)
     with serving(speaker("here")) as url, browsers.visiting(url) as visit:
         visit.start("hands-free")
         visit.waits_for("ready")

@@ -33,7 +33,7 @@ from omnispeech.service import settings_of
 
 pytest.importorskip(
     "ray.serve",
-    reason="Ray Serve is not installed: pip install 'omnispeech[ray]'",
+    reason="Ray Serve is not installed: pip install 'ray[serve]>=2.60'",
     exc_type=ImportError,
 )
 from ray import serve

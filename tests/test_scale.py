@@ -20,7 +20,7 @@ def test_without_ray_the_line_that_installs_it_is_told() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1
-    assert "pip install 'omnispeech[ray]'" in run.stderr
+    assert "pip install 'ray[serve]>=2.60'" in run.stderr
 
 
 def test_one_file_holds_the_settings_of_both_commands(tmp_path: Path) -> None:

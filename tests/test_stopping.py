@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -211,8 +212,39 @@ def test_the_second_signal_ends_at_once(worker: Worker) -> None:
     with replying(worker) as pieces:
         worker.http.handle_exit(signal.SIGTERM, None)
         assert worker.ended(within_s=5)
-        with pytest.raises(httpx.RemoteProtocolError):
-            next(pieces)
+        assert json.loads(b"".join(pieces).removesuffix(b"\0"))["error_code"] == 1
+
+
+def test_the_second_signal_tells_who_still_waits_why(gate: threading.Event) -> None:
+    engine = FakeEngine(gate, DONE)
+    with (
+        worker_on_loopback(engine) as worker,
+        ThreadPoolExecutor(1) as callers,
+        connect(worker.url.replace("http", "ws") + "/v1/realtime") as talk,
+    ):
+        talk.recv()
+        begin_response(talk)
+        until(lambda: len(engine.requests) == 1)
+        waiting = callers.submit(httpx.post, f"{worker.url}/v1/speech", content=WAV, timeout=10)
+        until(lambda: len(engine.requests) == 2)
+        for _ in range(2):
+            worker.http.handle_exit(signal.SIGTERM, None)
+        answer = waiting.result(10)
+        with pytest.raises(ConnectionClosed) as closed:
+            while True:
+                talk.recv(10)
+        assert worker.ended(within_s=5)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert answer.json()["error"]["type"] == "Stopped"
+    assert closed.value.rcvd is not None and closed.value.rcvd.code == 1012
+    assert closed.value.rcvd.reason.startswith("the server is stopping")
+
+
+def begin_response(talk: Any) -> None:
+    content = [{"type": "input_text", "text": "hello"}]
+    item = {"type": "message", "role": "user", "content": content}
+    talk.send(json.dumps({"type": "conversation.item.create", "item": item}))
+    talk.send(json.dumps({"type": "response.create"}))
 
 
 SERVER = """

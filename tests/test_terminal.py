@@ -11,7 +11,9 @@ from page_browser import line_to
 from omnispeech.client import ServerError
 from omnispeech.terminal import link as link_module
 from omnispeech.terminal.link import LOST, Link
-from omnispeech.terminal.player import BLOCK, BYTES_A_MS, Player
+from omnispeech.terminal.player import BLOCK, BYTES_A_MS, Nowhere, Player
+from omnispeech.terminal.record import Record
+from omnispeech.terminal.replies import Replies
 from omnispeech.terminal.screen import Screen, clean, wrapped
 from omnispeech.terminal.sent import BYTES_A_MS as SENT_A_MS
 from omnispeech.terminal.sent import KEPT_MS, Sent
@@ -30,6 +32,19 @@ async def test_a_connection_that_does_not_come_back_is_given_up(
                     told.append(event["type"])
                     line.cut()
     assert told == ["session.created", LOST]
+
+
+def test_what_the_model_remembers_is_told_once() -> None:
+    shown, player = io.StringIO(), Player(Nowhere())
+    handlers = Replies(Link(""), player, Screen(shown), Record(None)).handlers()
+    handlers["response.created"]({"response": {"id": "r"}})
+    handlers["response.output_item.added"]({"item": {"id": "i", "type": "message"}})
+    for text in ("one two", "one", "one"):
+        handlers["conversation.item.retrieved"](
+            {"item": {"id": "i", "content": [{"transcript": text}]}}
+        )
+    player.close()
+    assert shown.getvalue() == "the model remembers: one two\nthe model remembers: one\n"
 
 
 def test_gaps_are_times_with_nothing_to_play() -> None:

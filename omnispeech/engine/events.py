@@ -5,7 +5,7 @@ A caller builds a `TurnRequest`, iterates over `SpeechEngine.answer(request)` an
 the turn.
 """
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -68,6 +68,22 @@ class Message:
             )
 
 
+# fields of TurnRequest -> what they may be, and what to send
+SAMPLING: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (lambda value: 0.0 <= value <= 10.0, "send 0 (greedy) to 10"),
+    "top_p": (lambda value: 0.0 < value <= 1.0, "send more than 0, at most 1"),
+    "speech_temperature": (lambda value: 0.0 <= value <= 10.0, "send 0 (greedy) to 10"),
+    "seed": (lambda value: value is None or 0 <= value < 2**63, "send 0 to 2**63 - 1"),
+}
+
+
+def check_sampling(name: str, value: float | None) -> None:
+    """name: of SAMPLING. Raises RequestError."""
+    is_allowed, allowed = SAMPLING[name]
+    if not is_allowed(value):
+        raise RequestError(f"{name}={value}; {allowed}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnRequest:
     """One reply asked for. The defaults are those of the original worker."""
@@ -89,16 +105,8 @@ class TurnRequest:
             raise RequestError("the text to be spoken is empty; send some words")
         if self.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens={self.max_new_tokens}; send 1 or more")
-        if not 0.0 <= self.temperature <= 10.0:
-            raise RequestError(f"temperature={self.temperature}; send 0 (greedy) to 10")
-        if not 0.0 <= self.speech_temperature <= 10.0:
-            raise RequestError(
-                f"speech_temperature={self.speech_temperature}; send 0 (greedy) to 10"
-            )
-        if not 0.0 < self.top_p <= 1.0:
-            raise RequestError(f"top_p={self.top_p}; send more than 0, at most 1")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise RequestError(f"seed={self.seed}; send 0 to 2**63 - 1")
+        for name in SAMPLING:
+            check_sampling(name, getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ from omnispeech.quantization.report import JSON, LOG, versions
 from omnispeech.quantization.run_settings import RunSettings
 from omnispeech.quantization.state import WorkDirectory, different, give_name, put_back
 
-INSTALL = "pip install 'omnispeech[autoawq]' && " + (
+INSTALL = "pip install accelerate datasets tqdm setuptools wheel && " + (
     "pip install --no-deps --no-build-isolation autoawq==0.2.9"
 )
 HALF = 2  # bytes: AutoAWQ computes in float16

@@ -20,7 +20,10 @@ from omnispeech.server.admission import STOPPING, Admission
 from omnispeech.server.limits import BodyLimit
 from omnispeech.server.live import live_routes
 from omnispeech.server.metrics import EngineGauges, metrics_routes
-from omnispeech.server.openai.routes import openai_routes
+from omnispeech.server.openai.audio_speech import audio_speech_routes
+from omnispeech.server.openai.chat_completions import chat_routes
+from omnispeech.server.openai.models import models_routes
+from omnispeech.server.openai.transcriptions import transcription_routes
 from omnispeech.server.page import page_routes
 from omnispeech.server.realtime.route import realtime_routes
 from omnispeech.server.realtime.talks import Talks
@@ -53,7 +56,10 @@ def create_app(
     app.include_router(live_routes(admission))
     app.include_router(stream_infer_routes(admission))
     app.include_router(speech_routes(admission, config))
-    app.include_router(openai_routes(admission, config, talk))
+    app.include_router(chat_routes(admission, config, talk))
+    app.include_router(audio_speech_routes(admission, config))
+    app.include_router(transcription_routes(admission, config, talk))
+    app.include_router(models_routes(config))
     talks = Talks(admission, config, talk, watch.talks)
     app.include_router(realtime_routes(talks, watch.tracing))
     app.include_router(metrics_routes(registry))

@@ -1,14 +1,18 @@
 """How many connections there may be, and how long and how much one may say before it is asked."""
 
 import asyncio
+import logging
+import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from omnispeech.errors import Overloaded
-from omnispeech.server.access.refused import answer, refuse_websocket
+from omnispeech.server.refusal_by_path import answer, refuse_websocket
 from omnispeech.server.watch import Watch, Watched
+
+logger = logging.getLogger(__name__)
 
 PROBES = {"/health", "/ready"}  # a server that is only full is not restarted
 HEADERS_S = 10.0
@@ -16,10 +20,17 @@ HEAD_BYTES = 65_536  # h11 has the same limit of its own, httptools has none
 READ_AWAY_S = 2.0
 OPEN = "connections"  # in the state of a scope: how many were open when this one was made
 
+KERNEL_BYTES = 32_768  # of a reply, that were not sent yet
+LEAST_BYTES = 16_384  # that a caller takes while it counts as one that reads
+
 if TYPE_CHECKING:
     from uvicorn.protocols.http.h11_impl import H11Protocol as Protocol
-else:  # of the parser that is installed
+    from uvicorn.protocols.websockets.websockets_sansio_impl import (
+        WebSocketsSansIOProtocol as WebSocketProtocol,
+    )
+else:  # of the parsers that are installed
     from uvicorn.protocols.http.auto import AutoHTTPProtocol as Protocol
+    from uvicorn.protocols.websockets.auto import AutoWebSocketsProtocol as WebSocketProtocol
 
 
 class Crowd:
@@ -59,7 +70,52 @@ async def read_away(receive: Receive) -> None:
                 pass
 
 
-class PatientProtocol(Protocol):
+def keep_little(transport: asyncio.Transport) -> None:
+    """In the kernel, which would keep megabytes of a reply for a caller that reads nothing, and
+    show of one that reads slowly what it took in steps of as much."""
+    if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # not on every system
+        taken = transport.get_extra_info("socket")
+        taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, KERNEL_BYTES)
+
+
+class GivesUp(asyncio.Protocol):
+    """Ends a connection whose caller takes less than LEAST_BYTES of what is on its way to it in
+    `stalled_s`: whoever sends waits for it, and a close of uvicorn's waits as well."""
+
+    transport: asyncio.Transport
+    stalled_s: float
+    _stall: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._leave_reader()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._leave_reader()
+        super().connection_lost(exc)
+
+    def _watch_reader(self) -> None:
+        waiting = self.transport.get_write_buffer_size()
+        loop = asyncio.get_running_loop()
+        self._stall = loop.call_later(self.stalled_s, self._look_at_reader, waiting)
+
+    def _leave_reader(self) -> None:
+        if self._stall:
+            self._stall.cancel()
+
+    def _look_at_reader(self, before: int) -> None:
+        if before - self.transport.get_write_buffer_size() >= LEAST_BYTES:
+            self._watch_reader()
+            return
+        logger.info("a caller took nothing of its reply for %g s: given up", self.stalled_s)
+        self.transport.abort()
+
+
+class PatientProtocol(GivesUp, Protocol):
     """Ends a connection that sends no whole request head for HEADERS_S, or one over HEAD_BYTES.
 
     uvicorn closes one that is silent between two requests, but waits for ever for the first and
@@ -68,6 +124,7 @@ class PatientProtocol(Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        keep_little(transport)
         self.app_state = self.app_state | {OPEN: len(self.connections)}
         self._head_bytes = 0  # since the last whole head or piece of a body
         self._wait()
@@ -100,3 +157,13 @@ class PatientProtocol(Protocol):
             self._wait()
         else:
             self.transport.close()
+
+
+class PatientWebSocket(GivesUp, WebSocketProtocol):
+    """A caller that reads nothing answers no ping either, but what waits for it would stay."""
+
+
+def protocols(stalled_s: float) -> tuple[type[asyncio.Protocol], type[asyncio.Protocol]]:
+    """Of HTTP and of WebSockets, as uvicorn makes them for each connection."""
+    setting = {"stalled_s": stalled_s}
+    return type("HTTP", (PatientProtocol,), setting), type("WS", (PatientWebSocket,), setting)

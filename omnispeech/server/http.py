@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from omnispeech.config import AccessConfig, ServerConfig, TalkConfig
 from omnispeech.server.admission import Admission
-from omnispeech.server.connections import Crowd, PatientProtocol
+from omnispeech.server.connections import Crowd, protocols
 from omnispeech.server.controller import Registration
 from omnispeech.server.uvicorn_log import shorten_log
 from omnispeech.server.worker_api import worker_status
@@ -36,10 +36,12 @@ class HTTPServer(uvicorn.Server):
         talk: TalkConfig = DEFAULT_TALK,
         access: AccessConfig = DEFAULT_ACCESS,
     ) -> None:
+        http, websocket = protocols(access.stalled_s)
         super().__init__(
             uvicorn.Config(
                 Crowd(app, access.max_connections, app.state.watch),
-                http=PatientProtocol,
+                http=http,
+                ws=websocket,
                 host=config.host,
                 port=config.port,
                 log_config=None,
@@ -77,6 +79,9 @@ class HTTPServer(uvicorn.Server):
         if not await self._quiet(leaving, self._drain_s):
             self._admission.cut()
             await self._quiet(leaving, CLOSE_S)
+        if self.force_exit:
+            self._admission.cut()
+            await asyncio.sleep(TICK_S)  # for what is told to whoever still waits
         leaving.cancel()
         await super().shutdown(sockets)
 

@@ -6,7 +6,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from omnispeech.errors import RequestError, RequestTimeout, TooLarge
-from omnispeech.server.access.refused import answer
+from omnispeech.server.refusal_by_path import answer
 
 
 class BodyLimit:

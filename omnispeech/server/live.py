@@ -20,9 +20,9 @@ from omnispeech.errors import (
     Unavailable,
 )
 from omnispeech.server.access.callers import CALLER
-from omnispeech.server.access.refused import close_code, close_reason
 from omnispeech.server.protocol import spoken_turn
 from omnispeech.server.refusal import field_error
+from omnispeech.server.refusal_by_path import close_code, close_reason
 from omnispeech.server.reply import Reply, summary
 from omnispeech.server.window import RollingWindow
 

@@ -13,8 +13,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from omnispeech.errors import NotReady, Overloaded
-from omnispeech.server.access.refused import refuse_websocket
 from omnispeech.server.refusal import refusal
+from omnispeech.server.refusal_by_path import refuse_websocket
 
 REPLICA_HEADER = "X-Replica"
 TEXTS = "/v1/speech/"

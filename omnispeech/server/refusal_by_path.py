@@ -1,4 +1,4 @@
-"""How those who are not let in are told why."""
+"""Refusals in the shape that their path speaks: ours, OpenAI's, or a WebSocket that closes."""
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send

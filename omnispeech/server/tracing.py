@@ -44,7 +44,7 @@ def tracing_of(environ: Mapping[str, str], model_name: str) -> Tracing:
     except ImportError as exc:
         raise ConfigError(
             f"{' or '.join(ENDPOINTS)} is set, and OpenTelemetry is not installed; "
-            "run: pip install 'omnispeech[tracing]', or unset it"
+            "run: pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http, or unset it"
         ) from exc
     return ExportedTraces(exporting(), model_name)
 

@@ -36,6 +36,8 @@ class ChatOptions:
             raise ConfigError(f"--rate {self.rate_hz}: give {LOWEST_HZ} to {HIGHEST_HZ} Hz")
         if PIPE in self.files and len(self.files) > 1:
             raise ConfigError("a pipe (-) and files cannot be asked together; give one of them")
+        if self.push_to_talk and self.files and not self.piped:
+            raise ConfigError("each file is a question of its own; leave out --push-to-talk")
         if self.text and self.output:
             raise ConfigError("--text brings no sound to write; leave out --output")
         if self.output and self.output != PIPE:

@@ -27,6 +27,7 @@ class Reply:
     item: str = ""
     status: str = ""
     message: str = ""  # why it failed
+    remembered: str | None = None  # by the model, of a reply that was cut
 
     @property
     def begun(self) -> bool:
@@ -172,10 +173,13 @@ class Replies:
     def _retrieved(self, event: Event) -> None:
         item = event["item"]
         reply = self._of_item.get(item["id"])
-        if reply and item["content"]:
-            reply.said.text = item["content"][0].get("transcript") or ""
+        if not reply or not item["content"]:
+            return
+        text = item["content"][0].get("transcript") or ""
+        if text != reply.remembered:  # the server tells of its own cut, then of ours
+            reply.said.text = reply.remembered = text
             self.record.write(reply.said)
-            self.screen.line(f"the model remembers: {reply.said.text or 'nothing'}")
+            self.screen.line(f"the model remembers: {text or 'nothing'}")
 
 
 def ended(reply: Reply) -> str:

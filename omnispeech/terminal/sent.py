@@ -21,7 +21,9 @@ class Sent:
     def push(self, pcm: bytes, now_s: float) -> None:
         self._sound += pcm
         self._last_s = now_s
-        self.forget(self.now_ms - KEPT_MS)
+        gone = max(0, len(self._sound) - KEPT_MS * BYTES_A_MS)
+        del self._sound[:gone]
+        self._first += gone
 
     def cut(self, from_ms: int, to_ms: int) -> bytes:
         first, last = (max(0, ms * BYTES_A_MS - self._first) for ms in (from_ms, to_ms))
@@ -30,8 +32,3 @@ class Sent:
     def moment_s(self, ms: float) -> float:
         """When that was spoken, on the clock of `push`."""
         return self._last_s - (self.now_ms - ms) / 1000
-
-    def forget(self, before_ms: int) -> None:
-        gone = max(0, min(len(self._sound), before_ms * BYTES_A_MS - self._first))
-        del self._sound[:gone]
-        self._first += gone

@@ -12,9 +12,9 @@ from omnispeech.audio.io import SAMPLE_RATE_HZ, decode_audio, pcm16_from_samples
 from omnispeech.client import ClientError, read_sound, show
 from omnispeech.errors import OmniSpeechError
 from omnispeech.terminal.devices import Rate, find_sounddevice, microphone
-from omnispeech.terminal.keyboard import lines, pieces, silent_keys
 from omnispeech.terminal.options import ChatOptions
 from omnispeech.terminal.sent import BYTES_A_MS
+from omnispeech.terminal.standard_input import lines, pieces, silent_keys
 from omnispeech.terminal.talk import Talk
 
 LONGEST_FILE_S = 500.0  # fits into a frame; the server's own limit is lower
@@ -24,6 +24,10 @@ LATE_S = 0.2  # a busy machine may catch up so much
 EARPHONES = (
     "listening; Ctrl-C interrupts a reply, or ends. Use earphones: from a loudspeaker the replies "
     "would reach the microphone and interrupt themselves (or use --push-to-talk)"
+)
+NO_MICROPHONE = (
+    "no microphone was found (it needs: pip install sounddevice; on Linux libportaudio2, too): "
+    "files are asked instead"
 )
 HOLD = "Enter begins and ends what you say; Ctrl-C interrupts a reply, or ends"
 
@@ -65,6 +69,7 @@ async def ask_file(talk: Talk, path: Path) -> None:
 
 async def ask_typed_files(talk: Talk) -> None:
     await talk.ready.wait()
+    talk.screen.line(NO_MICROPHONE)
     prompt(talk)
     async for line in lines(sys.stdin.fileno()):
         talk.prompting = False

@@ -45,7 +45,7 @@ class Timing:
     def _sound(self) -> list[str]:
         total_s = (self.done_s if self.done_s is not None else self.asked_s) - self.asked_s
         if self.first_audio_s is None:
-            return [f"no sound came, {total_s:.2f} s in all"]
+            return [f"{total_s:.2f} s in all, without sound"]
         gaps = f"gaps: {self.gaps}, {self.gap_s:.2f} s in all" if self.gaps else "no gaps"
         return [
             f"first audio after {self.first_audio_s - self.asked_s:.2f} s",

@@ -7,16 +7,16 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, QueryParams
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from omnispeech.config import AccessConfig
-from omnispeech.errors import Forbidden, Unauthorized
+from omnispeech.errors import Forbidden, TooManyRequests, Unauthorized
 from omnispeech.server.access.callers import ANYBODY, CALLER, Caller
 from omnispeech.server.access.keys import VARIABLE, Keys
 from omnispeech.server.access.origins import Origins
-from omnispeech.server.access.refused import refuse
+from omnispeech.server.refusal_by_path import refuse
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Guard:
             return
         try:
             caller = self._caller(scope)
-        except (Forbidden, Unauthorized) as exc:
+        except (Forbidden, Unauthorized, TooManyRequests) as exc:
             await refuse(exc, scope, receive, send)
             return
         token = CALLER.set(caller)
@@ -61,6 +61,8 @@ class Guard:
         if key is None:
             raise Unauthorized("an API key is needed; send it as Authorization: Bearer KEY")
         if account := self._keys.find(key):
+            if asks_for_more(scope):
+                account.peek()
             return Caller(account, live)
         raise Unauthorized("the API key is not known here; ask who runs the server for one")
 
@@ -68,6 +70,14 @@ class Guard:
         if path == METRICS:
             return self._keys.metrics_are_open
         return path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+
+
+def asks_for_more(scope: Scope) -> bool:
+    """What is over the limits of its key is told so before its body is read and decoded; whoever
+    serves the request counts. A talk that lost its connection may always come back to its place."""
+    if scope["type"] == "websocket":
+        return "resume" not in QueryParams(scope["query_string"])
+    return bool(scope["method"] == "POST")
 
 
 def sent_key(headers: Headers, subprotocols: list[str] | tuple[str, ...]) -> str | None:

@@ -43,6 +43,7 @@ class KeyFile:
 
     limits: dict[bytes, tuple[str, Limits]] = field(default_factory=dict)  # digest -> name, limits
     open_metrics: bool = False
+    says_keys: bool = False  # has the table, which may be empty
 
 
 def digest(key: str) -> bytes:
@@ -99,7 +100,7 @@ def parse_keys(values: Mapping[str, Any], place: str) -> KeyFile:
         if one in found:
             raise ConfigError(f"{where} is the same key as keys.{found[one][0]}; take one away")
         found[one] = name, parse_limits(table, where)
-    return KeyFile(found, open_metrics)
+    return KeyFile(found, open_metrics, "keys" in values)
 
 
 def refuse_unknown(values: Mapping[str, Any], known: set[str], place: str) -> None:
@@ -136,7 +137,8 @@ class Keys:
     """The keys that are good now. Without a file and a variable there are none: all is open.
 
     text: of OMNISPEECH_API_KEY. Raises ConfigError for what cannot be used at the start; a file
-    that becomes wrong later leaves the keys as they were.
+    that becomes wrong later, or loses all its keys without an empty [keys], leaves them as they
+    were.
     """
 
     def __init__(self, path: Path | None, text: str = "", clock: Clock = time.monotonic) -> None:
@@ -174,12 +176,21 @@ class Keys:
             return
         self._stamp = now
         try:
-            self._take(read_key_file(self._path))
+            self._take(self._not_lost(read_key_file(self._path), self._path))
         except ConfigError as exc:
             logger.error("the API keys stay as they were: %s", exc)
             return
         logger.info("%s was read again; API keys: %d", self._path, len(self._accounts))
         self._warn()
+
+    def _not_lost(self, file: KeyFile, path: Path) -> KeyFile:
+        """Raises ConfigError for one that had keys and says nothing of them now: it is being
+        written, or was overwritten."""
+        if not file.says_keys and self._accounts.keys() - self._of_environment.keys():
+            raise ConfigError(
+                f"{path} has no key in it any more; an empty table [keys] takes the last one away"
+            )
+        return file
 
     def _take(self, file: KeyFile) -> None:
         """A key that stays keeps what was used of its limits."""

@@ -89,11 +89,20 @@ class Account:
         if self.revoked:
             raise Unauthorized(f"the API key {self.name!r} was taken away; use another")
         with self._lock:
-            self._refuse(self._requests, f"{self._limits.requests_per_minute} requests")
-            seconds = f"{self._limits.audio_seconds_per_minute or 0:g} seconds of sound"
-            self._refuse(self._audio, seconds)
+            self._check_minute()
             if self._requests:
                 self._requests.take(1)
+
+    def peek(self) -> None:
+        """Raises TooManyRequests if a reply asked for now would be refused; counts nothing."""
+        with self._lock:
+            self._check_places()
+            self._check_minute()
+
+    def _check_minute(self) -> None:
+        self._refuse(self._requests, f"{self._limits.requests_per_minute} requests")
+        seconds = f"{self._limits.audio_seconds_per_minute or 0:g} seconds of sound"
+        self._refuse(self._audio, seconds)
 
     def _refuse(self, bucket: Bucket | None, limit: str) -> None:
         if bucket and (wait_s := bucket.wait_s()):
@@ -111,15 +120,18 @@ class Account:
 
     def take_conversation(self) -> None:
         """Raises TooManyRequests; `end_conversation` gives the place back."""
-        most = self._limits.conversations
         with self._lock:
-            if most is not None and self.conversations >= most:
-                raise TooManyRequests(
-                    f"the API key {self.name!r} has {most} of its {most} conversations at once; "
-                    "end one first",
-                    A_PLACE_S,
-                )
+            self._check_places()
             self.conversations += 1
+
+    def _check_places(self) -> None:
+        most = self._limits.conversations
+        if most is not None and self.conversations >= most:
+            raise TooManyRequests(
+                f"the API key {self.name!r} has {most} of its {most} conversations at once; "
+                "end one first",
+                A_PLACE_S,
+            )
 
     def end_conversation(self) -> None:
         with self._lock:

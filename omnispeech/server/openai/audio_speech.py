@@ -12,14 +12,14 @@ from omnispeech.config import ServerConfig
 from omnispeech.engine.events import AudioDelta, Event, Message, SpeechEngine, Text, TurnRequest
 from omnispeech.errors import RequestError
 from omnispeech.server.openai import sse
-from omnispeech.server.openai.chat_request import json_object
-from omnispeech.server.openai.models import check_model
-from omnispeech.server.openai.refusals import (
-    OpenAIRoute,
-    Refused,
+from omnispeech.server.openai.fields import (
+    checked_sampling,
     field_refusal,
+    json_object,
     without_neutral,
 )
+from omnispeech.server.openai.models import check_model
+from omnispeech.server.openai.refusals import OpenAIRoute, Refused
 from omnispeech.server.openai.usage import token_usage
 from omnispeech.server.protocol import Number, WholeNumber
 from omnispeech.server.reply import Reply, ReplyResponse, begin
@@ -49,7 +49,7 @@ class SpeechBody(BaseModel):
         return "pcm16" if self.response_format == "pcm" else self.response_format
 
 
-def speech_routes(engine: SpeechEngine, config: ServerConfig) -> APIRouter:
+def audio_speech_routes(engine: SpeechEngine, config: ServerConfig) -> APIRouter:
     router = APIRouter(route_class=OpenAIRoute)
 
     @router.post("/v1/audio/speech")
@@ -106,8 +106,7 @@ def script_turn(wanted: SpeechBody) -> TurnRequest:
     return TurnRequest(
         messages=(*told, task),
         script=wanted.input,
-        speech_temperature=wanted.speech_temperature,
-        seed=wanted.seed,
+        **checked_sampling(wanted),
     )
 
 

@@ -10,7 +10,8 @@ from omnispeech.config import ServerConfig
 from omnispeech.engine.events import INPUT_RATE_HZ, TOOL, Audio, Message, Samples, Text, ToolCall
 from omnispeech.errors import AudioError
 from omnispeech.server.openai.audio_memory import AudioMemory
-from omnispeech.server.openai.refusals import Refused, without_neutral
+from omnispeech.server.openai.fields import without_neutral
+from omnispeech.server.openai.refusals import Refused
 from omnispeech.server.protocol import MAX_REQUEST_AUDIO_S, check_length, sound_of_base64
 
 ROLES = {"system": "system", "developer": "system", "user": "user"}

@@ -5,24 +5,24 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, ValidationError
-from pydantic_core import from_json
 
 from omnispeech.audio.encoders import FORMATS
 from omnispeech.config import ServerConfig, TalkConfig
 from omnispeech.engine.events import Tool, TurnRequest
-from omnispeech.errors import RequestError
 from omnispeech.server.openai.audio_memory import AudioMemory
 from omnispeech.server.openai.chat_messages import (
     MessageReader,
     WireMessage,
     without_neutral_fields,
 )
-from omnispeech.server.openai.models import check_model
-from omnispeech.server.openai.refusals import (
-    Refused,
+from omnispeech.server.openai.fields import (
+    checked_sampling,
     field_refusal,
+    json_object,
     without_neutral,
 )
+from omnispeech.server.openai.models import check_model
+from omnispeech.server.openai.refusals import Refused
 from omnispeech.server.protocol import Number, WholeNumber, check_length
 from omnispeech.server.voices import voice_problem
 
@@ -132,22 +132,10 @@ def parse_chat(body: bytes, config: ServerConfig, talk: TalkConfig, memory: Audi
         speech=form is not None,
         tools=tools,
         max_new_tokens=_most_tokens(wire, talk),
-        **wire.model_dump(include={"temperature", "top_p", "speech_temperature", "seed"}),
+        **checked_sampling(wire),
     )
     usage = wire.stream_options is not None and wire.stream_options.include_usage
     return Chat(turn, form, wire.stream, usage)
-
-
-def json_object(body: bytes) -> dict[str, Any]:
-    if not body.strip():
-        raise RequestError("the body is empty; send JSON")
-    try:
-        given = from_json(body)
-    except ValueError as exc:
-        raise RequestError(f"the body is not valid JSON: {exc}") from exc
-    if not isinstance(given, dict):
-        raise RequestError("the body is not a JSON object; send one")
-    return given
 
 
 def _form(wire: ChatRequest) -> str | None:

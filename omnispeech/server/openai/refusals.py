@@ -1,12 +1,11 @@
 """Errors as OpenAI's clients read them: {"error": {"message", "type", "param", "code"}}."""
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from omnispeech.errors import (
@@ -24,10 +23,9 @@ from omnispeech.errors import (
     Unavailable,
     Unsupported,
 )
-from omnispeech.server.refusal import field_error, retry_after, shown
+from omnispeech.server.refusal import retry_after
 
 SERVER, REQUEST = "server_error", "invalid_request_error"
-UNSUPPORTED, UNKNOWN = "unsupported_parameter", "unknown_parameter"
 
 # the first class that fits, from the error's own upwards -> (type, code)
 KINDS: dict[type[Exception], tuple[str, str | None]] = {
@@ -94,41 +92,6 @@ def refusal(exc: OmniSpeechError) -> JSONResponse:
     if isinstance(exc, Unsupported):  # the SDK would try twice again
         headers["x-should-retry"] = "false"
     return JSONResponse({"error": error_object(exc)}, exc.status, headers)
-
-
-def field_refusal(exc: ValidationError) -> Refused:
-    errors = exc.errors(include_url=False)
-    place = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in errors[0]["loc"])
-    code = UNKNOWN if errors[0]["type"] == "extra_forbidden" else "invalid_value"
-    return Refused(str(field_error(errors)), param=place.lstrip(".") or None, code=code)
-
-
-def without_neutral(
-    body: Mapping[str, Any],
-    neutral: Mapping[str, tuple[Any, ...]],
-    ignored: tuple[str, ...],
-    where: str = "",
-) -> dict[str, Any]:
-    """The fields that are left to read. null counts as not sent.
-
-    neutral: what the model cannot do, with the values that ask for nothing; any other is refused.
-    ignored: fields that change nothing in the answer. where: put before the name in a refusal.
-    """
-    left = {}
-    for name, value in body.items():
-        if value is None or name in ignored:
-            continue
-        if name not in neutral:
-            left[name] = value
-        elif value not in neutral[name]:
-            raise unsupported(where + name, value, neutral[name])
-    return left
-
-
-def unsupported(name: str, value: object, allowed: tuple[Any, ...] = ()) -> Refused:
-    told = f" or send {' or '.join(map(repr, allowed))}" if allowed else ""
-    message = f"{name}={shown(value)} is not supported by this model; leave it out{told}"
-    return Refused(message, param=name, code=UNSUPPORTED)
 
 
 def speaks_openai(path: str) -> bool:

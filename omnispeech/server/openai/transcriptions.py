@@ -14,13 +14,9 @@ from omnispeech.config import ServerConfig, TalkConfig
 from omnispeech.engine.events import Done, SpeechEngine, TextDelta
 from omnispeech.errors import AudioError, Unsupported
 from omnispeech.server.openai import sse
+from omnispeech.server.openai.fields import field_refusal, without_neutral
 from omnispeech.server.openai.models import check_model
-from omnispeech.server.openai.refusals import (
-    OpenAIRoute,
-    Refused,
-    field_refusal,
-    without_neutral,
-)
+from omnispeech.server.openai.refusals import OpenAIRoute, Refused
 from omnispeech.server.openai.usage import token_usage
 from omnispeech.server.reply import Reply, ReplyResponse, begin, while_caller_stays
 from omnispeech.server.transcription import check_whole, transcription_turn
