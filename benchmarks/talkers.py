@@ -23,7 +23,7 @@ RATE_HZ = 24_000  # of the sound on /v1/realtime
 HEARS_HZ = 16_000  # of /ws/stream
 FRAME_S = 0.04
 INTERRUPTION_S = 1.2
-STALL_S = 2.0  # without sound, while a listener has nothing left to hear
+STALL_S = 2.0  # in one reply, with nothing left to hear
 LONGEST_S = 60.0  # for one step of a turn
 MANUAL = {"type": "realtime", "audio": {"input": {"turn_detection": None}}}
 
@@ -42,6 +42,7 @@ class Notes:
     resumed: int = 0
     first_audio_s: list[float] = field(default_factory=list)
     dry_s: list[float] = field(default_factory=list)  # of each whole reply
+    stalled: int = 0
     longest_gap_s: float = 0.0
     wrong: list[str] = field(default_factory=list)
 
@@ -71,12 +72,25 @@ class Listener:
     def end(self) -> None:
         if self.heard_until_s:
             self.notes.dry_s.append(self.dry_s)
-        if self.dry_s > STALL_S:
-            raise Wrong(f"a reply stalled: {self.dry_s:.1f} s without sound")
+        self.notes.stalled += self.dry_s > STALL_S
 
     @property
     def left_s(self) -> float:
         return max(0.0, self.heard_until_s - time.monotonic())
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """chance: decides who interrupts, leaves, loses the connection. pause_s: between two turns."""
+
+    chance: random.Random
+    pause_s: float
+
+    def sometimes(self, share: float) -> bool:
+        return self.chance.random() < share
+
+    async def pause(self) -> None:
+        await asyncio.sleep(self.pause_s * self.chance.uniform(0.2, 1.8))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,11 +138,11 @@ class Microphone:
 class RealtimeTalker:
     """One talk of many turns on /v1/realtime, hands-free or by its own commits."""
 
-    def __init__(self, url: str, speech: Speech, notes: Notes, chance: random.Random) -> None:
+    def __init__(self, url: str, speech: Speech, notes: Notes, habits: Habits) -> None:
         self._url = f"{url.replace('http', 'ws', 1)}/v1/realtime"
         self._pcm = speech.pcm(RATE_HZ)
         self._notes = notes
-        self._chance = chance
+        self._habits = habits
         self._session = ""
 
     async def talk(self, until_s: float, *, hands_free: bool) -> None:
@@ -157,21 +171,21 @@ class RealtimeTalker:
         socket.transport.abort()
         await socket.wait_closed()
         self._notes.lost += 1
-        await asyncio.sleep(self._chance.uniform(0.1, 3.0))
+        await asyncio.sleep(self._habits.chance.uniform(0.1, 3.0))
 
     async def _speak_freely(self, socket: ClientConnection, until_s: float) -> None:
         microphone = Microphone(socket)
         try:
-            while time.monotonic() < until_s and self._chance.random() > 0.1:
+            while time.monotonic() < until_s and not self._habits.sometimes(0.1):
                 await self._spoken_turn(socket, microphone)
-                await asyncio.sleep(self._chance.uniform(0.2, 2.0))
+                await self._habits.pause()
         finally:
             await microphone.stop()
         await self._lose(socket)
 
     async def _spoken_turn(self, socket: ClientConnection, microphone: Microphone) -> None:
         """The server finds the end. Sometimes a second question cuts the reply to the first."""
-        cutting = self._chance.random() < 0.3
+        cutting = self._habits.sometimes(0.3)
         microphone.say(self._pcm)
         await awaited(socket, "input_audio_buffer.committed")
 
@@ -185,7 +199,7 @@ class RealtimeTalker:
     async def _press_to_talk(self, socket: ClientConnection, until_s: float) -> None:
         await send(socket, "session.update", session=MANUAL)
         await awaited(socket, "session.updated")
-        while time.monotonic() < until_s and self._chance.random() > 0.1:
+        while time.monotonic() < until_s and not self._habits.sometimes(0.1):
             await send(socket, "input_audio_buffer.append", audio=in_base64(self._pcm))
             await send(socket, "input_audio_buffer.commit")
             await send(socket, "response.create")
@@ -193,9 +207,9 @@ class RealtimeTalker:
             async def interrupt() -> None:
                 await send(socket, "response.cancel")
 
-            cutting = self._chance.random() < 0.3
+            cutting = self._habits.sometimes(0.3)
             await self._listen(socket, "realtime, manual", interrupt if cutting else None)
-            await asyncio.sleep(self._chance.uniform(0.2, 2.0))
+            await self._habits.pause()
         await self._lose(socket)
 
     async def _listen(
@@ -216,7 +230,7 @@ class RealtimeTalker:
                 self._ended(event["response"], listener)
                 break
         self._notes.turn(protocol)
-        await asyncio.sleep(min(2.0, listener.left_s))
+        await asyncio.sleep(listener.left_s)
 
     def _ended(self, response: dict[str, Any], listener: Listener) -> None:
         if response["status"] == "failed":
@@ -253,19 +267,20 @@ async def events(socket: ClientConnection) -> AsyncIterator[dict[str, Any]]:
 class RequestTalker:
     """One question after the other over HTTP; leaves some replies before their end."""
 
-    def __init__(self, url: str, speech: Speech, notes: Notes, chance: random.Random) -> None:
+    def __init__(self, url: str, speech: Speech, notes: Notes, habits: Habits) -> None:
         self._client = httpx.AsyncClient(base_url=url, timeout=LONGEST_S, trust_env=False)
         self._speech = speech
         self._notes = notes
-        self._chance = chance
+        self._habits = habits
 
     async def talk(self, until_s: float, *, protocol: str) -> None:
         path, request, rate_hz = self._request(protocol)
         async with self._client:
             while time.monotonic() < until_s:
-                await self._ask(path, request, rate_hz)
+                listener = await self._ask(path, request, rate_hz)
                 self._notes.turn(protocol)
-                await asyncio.sleep(self._chance.uniform(0.2, 2.0))
+                await asyncio.sleep(listener.left_s)
+                await self._habits.pause()
 
     def _request(self, protocol: str) -> tuple[str, dict[str, Any], int]:
         """Path, body, and the rate of the PCM that comes back."""
@@ -287,8 +302,8 @@ class RequestTalker:
             "stream": True,
         }
 
-    async def _ask(self, path: str, request: dict[str, Any], rate_hz: int) -> None:
-        listener, leaving = Listener(self._notes), self._chance.random() < 0.2
+    async def _ask(self, path: str, request: dict[str, Any], rate_hz: int) -> Listener:
+        listener, leaving = Listener(self._notes), self._habits.sometimes(0.2)
         async with self._client.stream("POST", path, **request) as response:
             if response.is_error:
                 raise Wrong(f"{path}: {response.status_code} {(await response.aread())[:200]!r}")
@@ -296,8 +311,9 @@ class RequestTalker:
                 listener.hear(pcm_bytes / 2 / rate_hz)
                 if leaving:
                     self._notes.interrupted += 1
-                    return
+                    return Listener(self._notes)
         listener.end()
+        return listener
 
 
 async def sound_of(response: httpx.Response) -> AsyncIterator[int]:
@@ -320,22 +336,23 @@ async def sound_of(response: httpx.Response) -> AsyncIterator[int]:
 class WindowTalker:
     """/ws/stream: sound in, a trigger, sound out."""
 
-    def __init__(self, url: str, speech: Speech, notes: Notes, chance: random.Random) -> None:
+    def __init__(self, url: str, speech: Speech, notes: Notes, habits: Habits) -> None:
         self._url = f"{url.replace('http', 'ws', 1)}/ws/stream?events=1"
         self._pcm = speech.pcm(HEARS_HZ)
         self._notes = notes
-        self._chance = chance
+        self._habits = habits
 
     async def talk(self, until_s: float) -> None:
         async with connect(self._url) as socket:
             while time.monotonic() < until_s:
                 await socket.send(self._pcm)
                 await socket.send(json.dumps({"type": "trigger_response"}))
-                await self._listen(socket)
+                listener = await self._listen(socket)
                 self._notes.turn("ws/stream")
-                await asyncio.sleep(self._chance.uniform(0.2, 2.0))
+                await asyncio.sleep(listener.left_s)
+                await self._habits.pause()
 
-    async def _listen(self, socket: ClientConnection) -> None:
+    async def _listen(self, socket: ClientConnection) -> Listener:
         listener = Listener(self._notes)
         while True:
             frame = await asyncio.wait_for(socket.recv(), LONGEST_S)
@@ -344,4 +361,6 @@ class WindowTalker:
             elif (event := json.loads(frame))["type"] == "error":
                 raise Wrong(event["message"])
             elif event["type"] == "end":
-                return listener.end()
+                break
+        listener.end()
+        return listener

@@ -25,7 +25,7 @@ import httpx
 import torch
 
 from benchmarks.hardware import hardware, say
-from benchmarks.talkers import Notes, RealtimeTalker, RequestTalker, Speech, WindowTalker
+from benchmarks.talkers import Habits, Notes, RealtimeTalker, RequestTalker, Speech, WindowTalker
 from omnispeech.audio.io import decode_audio
 
 ROOT = Path(__file__).parent.parent
@@ -83,24 +83,29 @@ def figures(url: str) -> dict[str, float]:
     }
 
 
-def talker(
-    number: int, url: str, speech: Speech, notes: Notes, until_s: float
-) -> Coroutine[Any, Any, None]:
-    protocol, chance = PROTOCOLS[number % len(PROTOCOLS)], random.Random(number)
+async def person(
+    number: int, url: str, speech: Speech, notes: Notes, pause_s: float, until_s: float
+) -> None:
+    """Speaks one protocol to the end; not all begin at the same moment."""
+    protocol, habits = PROTOCOLS[number % len(PROTOCOLS)], Habits(random.Random(number), pause_s)
+    await habits.pause()
     if protocol in ("hands-free", "manual"):
-        talking = RealtimeTalker(url, speech, notes, chance)
-        return talking.talk(until_s, hands_free=protocol == "hands-free")
-    if protocol == "ws/stream":
-        return WindowTalker(url, speech, notes, chance).talk(until_s)
-    return RequestTalker(url, speech, notes, chance).talk(until_s, protocol=protocol)
+        talking = RealtimeTalker(url, speech, notes, habits)
+        await talking.talk(until_s, hands_free=protocol == "hands-free")
+    elif protocol == "ws/stream":
+        await WindowTalker(url, speech, notes, habits).talk(until_s)
+    else:
+        await RequestTalker(url, speech, notes, habits).talk(until_s, protocol=protocol)
 
 
-async def all_talk(url: str, talkers: int, seconds: float) -> tuple[Notes, list[float]]:
+async def all_talk(
+    url: str, talkers: int, seconds: float, pause_s: float
+) -> tuple[Notes, list[float]]:
     """What they saw, and the server's memory every few seconds."""
     speech = Speech(decode_audio(QUESTION.read_bytes(), max_seconds=60))
     notes, memory, until_s = Notes(), [], time.monotonic() + seconds
     talks = [
-        asyncio.create_task(guarded(talker(n, url, speech, notes, until_s), n, notes))
+        asyncio.create_task(guarded(person(n, url, speech, notes, pause_s, until_s), n, notes))
         for n in range(talkers)
     ]
     while any(not talk.done() for talk in talks):
@@ -145,6 +150,7 @@ def report(notes: Notes, memory: Sequence[float], seconds: float) -> dict[str, A
         ],
         "whole replies": len(notes.dry_s),
         "of these without a gap over 50 ms": sum(s <= 0.05 for s in notes.dry_s),
+        "stalled for over 2 s": notes.stalled,
         "longest gap s": round(notes.longest_gap_s, 3),
         "server memory MB after a third, at the end": [round(early / 1e6), round(late / 1e6)],
         "wrong": notes.wrong,
@@ -158,18 +164,19 @@ def main(arguments: list[str]) -> None:
     asked.add_argument("--server", metavar="URL", help="one that runs already, used by nobody else")
     parser.add_argument("--talkers", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--pause", type=float, default=8.0, help="seconds between two turns of one")
     given, flags = parser.parse_known_args(arguments)
     if given.server:
-        run(given.server, given.talkers, given.seconds)
+        run(given.server, given)
     else:
         with started(given.models, flags) as url:
-            run(url, given.talkers, given.seconds)
+            run(url, given)
 
 
-def run(url: str, talkers: int, seconds: float) -> None:
-    notes, memory = asyncio.run(all_talk(url, talkers, seconds))
+def run(url: str, given: argparse.Namespace) -> None:
+    notes, memory = asyncio.run(all_talk(url, given.talkers, given.seconds, given.pause))
     notes.wrong += left_over(url)
-    result = report(notes, memory, seconds)
+    result = report(notes, memory, given.seconds)
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
-    if result["wrong"]:
+    if notes.wrong or notes.stalled:
         raise SystemExit(1)

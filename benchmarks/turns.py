@@ -23,15 +23,15 @@ from benchmarks.hardware import hardware
 from omnispeech.audio.formats import PCM_24K, PCMU, AudioFormat
 from omnispeech.audio.resample import Samples
 from omnispeech.audio.vad import SpeechDetector
-from omnispeech.server.realtime.input_audio import InputAudio
-from omnispeech.server.realtime.turn_detection import (
+from omnispeech.server.realtime.hearing.input_audio import InputAudio
+from omnispeech.server.realtime.hearing.turn_detection import (
     Paused,
     SpeechStarted,
     SpeechStopped,
     TurnDetector,
     TurnEvent,
 )
-from omnispeech.server.realtime.turn_settings import ServerVAD
+from omnispeech.server.realtime.settings.turn_settings import ServerVAD
 
 ROOT = Path(__file__).parent.parent
 CLIPS = ("tests/golden/speech/yes.flac", "tests/golden/speech/german.flac", "examples/question.wav")

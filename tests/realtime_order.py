@@ -124,6 +124,13 @@ def check_turns(events: Sequence[Event]) -> None:
             active = event["response"]["id"]
         elif kind == "response.done" and event["response"]["id"] == active:
             active = None
+            speaking = None if _found_no_room(event["response"]) else speaking
+
+
+def _found_no_room(response: Event) -> bool:
+    """For what was said: it was not committed."""
+    error = (response["status_details"] or {}).get("error") or {}
+    return error.get("code") == "conversation_full"
 
 
 def _detects_no_turns(event: Event) -> bool:

@@ -5,8 +5,8 @@ from realtime_client import Loudness
 
 from omnispeech.audio.formats import PCM_24K
 from omnispeech.errors import AudioError
-from omnispeech.server.realtime.hearing import Hearing
-from omnispeech.server.realtime.session_settings import SessionSettings
+from omnispeech.server.realtime.hearing.hearing import Hearing
+from omnispeech.server.realtime.settings.session_settings import SessionSettings
 
 HANDS_FREE = SessionSettings()
 MANUAL = replace(HANDS_FREE, turn_detection=None)
@@ -15,7 +15,7 @@ SECOND = bytes(48_000)
 
 @pytest.fixture(autouse=True)
 def loudness(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omnispeech.server.realtime.hearing.SpeechDetector", Loudness)
+    monkeypatch.setattr("omnispeech.server.realtime.hearing.hearing.SpeechDetector", Loudness)
 
 
 async def test_a_buffer_that_was_full_is_no_obstacle_to_the_detection_of_turns() -> None:

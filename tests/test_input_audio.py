@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from omnispeech.audio.formats import PCM_24K, PCMA, PCMU, AudioFormat
 from omnispeech.errors import AudioError
-from omnispeech.server.realtime.input_audio import InputAudio
+from omnispeech.server.realtime.hearing.input_audio import InputAudio
 
 PCM_16K = AudioFormat(rate=16_000)
 TONE = (0.5 * np.sin(2 * np.pi * 300 * np.arange(24_000) / 24_000)).astype(np.float32)
@@ -15,8 +15,14 @@ SECOND = PCM_24K.encode(TONE)  # 48 kB
 def committed(pieces: list[bytes], format: AudioFormat = PCM_24K) -> np.ndarray:
     audio = InputAudio(format, max_s=60)
     new = np.concatenate([np.zeros(0, np.float32), *map(audio.append, pieces)])
-    sound = audio.commit()
+    sound = emptied(audio)
     np.testing.assert_array_equal(sound[: len(new)], new)
+    return sound
+
+
+def emptied(audio: InputAudio) -> np.ndarray:
+    sound = audio.held()
+    audio.clear()
     return sound
 
 
@@ -41,6 +47,14 @@ def test_a_second_of_any_format_is_a_second_of_the_same_tone(format: AudioFormat
     )
 
 
+def test_looking_at_what_is_held_changes_nothing() -> None:
+    audio = InputAudio(PCM_24K, max_s=60)
+    for piece in PCM_24K.pieces(SECOND, 0.1):
+        audio.append(piece)
+        audio.held()
+    np.testing.assert_array_equal(audio.held(), committed([SECOND]))
+
+
 def test_there_is_no_click_where_appends_meet() -> None:
     steps = np.abs(np.diff(committed(list(PCM_24K.pieces(SECOND, 0.02)))))
     assert steps[200:-200].max() <= 1.001 * 0.5 * 2 * np.pi * 300 / 16_000
@@ -55,12 +69,12 @@ def test_the_clock_goes_on_whatever_is_committed_or_cleared() -> None:
     audio = InputAudio(PCM_24K, max_s=60)
     audio.append(SECOND)
     assert audio.clock_ms == pytest.approx(997, abs=1)  # the resampler holds 3 ms
-    audio.commit()
+    emptied(audio)
     assert (audio.clock_ms, audio.held_ms) == (1000, 0)
     audio.append(SECOND)
     audio.clear()
     assert (audio.clock_ms, audio.held_ms) == (2000, 0)
-    assert len(audio.commit()) == 0
+    assert len(emptied(audio)) == 0
 
 
 def test_sound_is_found_by_the_clock() -> None:
@@ -91,7 +105,7 @@ def test_a_full_buffer_refuses_and_keeps_what_it_had() -> None:
     audio.append(SECOND)
     with pytest.raises(AudioError, match="would hold 3.0 s; at most 2.5 s.*commit or clear"):
         audio.append(SECOND)
-    assert len(audio.commit()) == 32_000
+    assert len(emptied(audio)) == 32_000
     audio.append(SECOND)
 
 
@@ -100,7 +114,7 @@ def test_another_format_goes_on_with_the_same_clock() -> None:
     new = [audio.append(SECOND)]
     audio.change_format(PCMU)
     new += [audio.append(PCMU.encode(np.zeros(8000, np.float32)))]
-    sound = audio.commit()
+    sound = emptied(audio)
     assert (len(sound), audio.clock_ms) == (32_000, 2000)
     joined = np.concatenate(new)
     np.testing.assert_array_equal(sound[: len(joined)], joined)
@@ -112,12 +126,12 @@ def test_the_same_format_again_changes_nothing() -> None:
     new = [audio.append(SECOND[:24_001])]
     audio.change_format(AudioFormat())
     new += [audio.append(SECOND[24_001:])]
-    np.testing.assert_array_equal(audio.commit(), committed([SECOND]))
+    np.testing.assert_array_equal(emptied(audio), committed([SECOND]))
 
 
 def test_half_a_sample_at_the_end_of_a_clip_does_not_spoil_the_next() -> None:
     audio = InputAudio(PCM_24K, max_s=60)
     audio.append(SECOND + b"\x01")
-    assert len(audio.commit()) == 16_000
+    assert len(emptied(audio)) == 16_000
     audio.append(SECOND)
-    np.testing.assert_array_equal(audio.commit(), committed([SECOND]))
+    np.testing.assert_array_equal(emptied(audio), committed([SECOND]))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from omnispeech.audio.formats import PCM_24K, PCMA, PCMU, AudioFormat
 from omnispeech.audio.io import pcm16_from_samples
-from omnispeech.server.realtime.output_audio import OutputAudio
+from omnispeech.server.realtime.replies.output_audio import OutputAudio
 
 HZ = 22_050
 FORMATS = [PCM_24K, PCMU, PCMA, AudioFormat(rate=48_000)]

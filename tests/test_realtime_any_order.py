@@ -77,7 +77,7 @@ class Mixed(FakeEngine):
 def url() -> Iterator[str]:
     steps = [step for _ in range(4) for step in (TextDelta("word "), sound(2000))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("omnispeech.server.realtime.hearing.SpeechDetector", Loudness)
+        patch.setattr("omnispeech.server.realtime.hearing.hearing.SpeechDetector", Loudness)
         with serving(Mixed(*steps, ToolCall("f", "{}"), DONE)) as address:
             yield address
 

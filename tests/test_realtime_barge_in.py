@@ -21,7 +21,7 @@ QUESTION = np.concatenate([noise(0.5), silence(1.0)])
 
 @pytest.fixture(autouse=True)
 def loudness(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omnispeech.server.realtime.hearing.SpeechDetector", Loudness)
+    monkeypatch.setattr("omnispeech.server.realtime.hearing.hearing.SpeechDetector", Loudness)
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ async def test_a_client_that_reads_slowly_gets_nothing_of_what_it_interrupted() 
 async def test_a_reply_made_whole_is_still_stopped_where_it_was_not_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("omnispeech.server.realtime.answers.REPLY_ROOM", 10**9)
+    monkeypatch.setattr("omnispeech.server.realtime.replies.answers.REPLY_ROOM", 10**9)
     minutes = [sound(RATE_HZ * 10) for _ in range(30)]
     engine = FakeEngine(TextDelta("A long story."), *minutes, WHOLE)
     async with talking(engine, max_queue=4) as client:

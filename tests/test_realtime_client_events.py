@@ -13,7 +13,7 @@ from omnispeech.errors import (
     PromptTooLong,
     TooManyRequests,
 )
-from omnispeech.server.realtime.client_events import (
+from omnispeech.server.realtime.protocol.client_events import (
     CODES,
     KINDS,
     WEBRTC_ONLY,
@@ -22,8 +22,8 @@ from omnispeech.server.realtime.client_events import (
     TruncateItem,
     parse,
 )
-from omnispeech.server.realtime.refusals import KINDS as ERRORS
-from omnispeech.server.realtime.refusals import (
+from omnispeech.server.realtime.protocol.refusals import KINDS as ERRORS
+from omnispeech.server.realtime.protocol.refusals import (
     ProtocolError,
     buffer_empty,
     error_event,
@@ -159,7 +159,7 @@ def test_an_event_id_that_is_none_is_refused_and_not_sent_back() -> None:
 
 def test_every_code_is_explained() -> None:
     page = (ROOT / "docs/realtime.md").read_text(encoding="utf-8")
-    files = (ROOT / "omnispeech/server/realtime").glob("*.py")
+    files = (ROOT / "omnispeech/server/realtime").rglob("*.py")
     source = "".join(file.read_text(encoding="utf-8") for file in files)
     codes = {*re.findall(r'code="(\w+)"', source), *CODES.values()}
     codes |= {code for kind, _, code in ERRORS if kind is not OmniSpeechError}

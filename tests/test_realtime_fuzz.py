@@ -9,11 +9,11 @@ from openai.types.realtime import ConversationItem, RealtimeSessionCreateRequest
 from pydantic import TypeAdapter
 
 from omnispeech.audio.formats import PCM_24K, PCMU
-from omnispeech.server.realtime.client_events import KINDS, ClientEvent, parse
-from omnispeech.server.realtime.item_reading import Limits, read_item
-from omnispeech.server.realtime.items import Items
-from omnispeech.server.realtime.refusals import ProtocolError, error_event
-from omnispeech.server.realtime.session_settings import SessionSettings
+from omnispeech.server.realtime.items.items import Items, Limits
+from omnispeech.server.realtime.items.reading import read_item
+from omnispeech.server.realtime.protocol.client_events import KINDS, ClientEvent, parse
+from omnispeech.server.realtime.protocol.refusals import ProtocolError, error_event
+from omnispeech.server.realtime.settings.session_settings import SessionSettings
 
 SESSION = TypeAdapter(RealtimeSessionCreateRequest)
 ITEM = TypeAdapter(ConversationItem)
@@ -86,7 +86,7 @@ def test_an_item_is_whole_or_refused(wire: list[dict[str, Any]], kinds: list[str
     items = Items(Limits(max_audio_s=1.0))
     for fields, kind in zip(wire, kinds, strict=False):
         try:
-            items.add(read_item(fields | {"type": kind}, PCMU, Limits()))
+            items.add(read_item(fields | {"type": kind}, PCMU, 120.0))
         except ProtocolError as refusal:
             assert str(refusal.param).startswith("item")
     for item in items:
@@ -98,7 +98,7 @@ def test_an_item_is_whole_or_refused(wire: list[dict[str, Any]], kinds: list[str
 @given(given=st.lists(OBJECTS, max_size=2), roles=st.sampled_from(["user", "assistant", "system"]))
 def test_a_message_is_whole_or_refused(given: list[dict[str, Any]], roles: str) -> None:
     try:
-        item = read_item({"type": "message", "role": roles, "content": given}, PCM_24K, Limits())
+        item = read_item({"type": "message", "role": roles, "content": given}, PCM_24K, 120.0)
     except ProtocolError as refusal:
         assert str(refusal.param).startswith("item")
         return

@@ -7,26 +7,29 @@ from openai.types.realtime import ConversationItem
 from pydantic import TypeAdapter
 
 from omnispeech.audio.formats import PCM_24K, PCMU, AudioFormat
-from omnispeech.config import ServerConfig
+from omnispeech.audio.io import samples_from_pcm16
+from omnispeech.config import ServerConfig, TalkConfig
 from omnispeech.engine.events import Audio, Message, Text
 from omnispeech.errors import PromptTooLong
-from omnispeech.server.realtime.field_values import Truncation
-from omnispeech.server.realtime.item_kinds import (
+from omnispeech.server.realtime.items.items import Items, Limits
+from omnispeech.server.realtime.items.kinds import (
     AssistantMessage,
     FunctionCall,
     FunctionOutput,
     Item,
     MessageItem,
+    Spoken,
     Written,
     user_sound,
 )
-from omnispeech.server.realtime.item_reading import Limits, read_item
-from omnispeech.server.realtime.items import Items
-from omnispeech.server.realtime.refusals import ProtocolError
+from omnispeech.server.realtime.items.reading import read_item
+from omnispeech.server.realtime.protocol.refusals import ProtocolError
+from omnispeech.server.realtime.settings.field_values import Truncation
 
 LIMITS = Limits()
 ITEM = TypeAdapter(ConversationItem)
 AUTO, DISABLED = Truncation(), Truncation("disabled")
+LEAST = Truncation("retention_ratio", 1.0)
 
 
 def tone(seconds: float, rate_hz: int = 16_000) -> np.ndarray:
@@ -38,8 +41,8 @@ def in_base64(seconds: float, form: AudioFormat = PCM_24K) -> str:
     return base64.b64encode(form.encode(tone(seconds, form.rate))).decode()
 
 
-def read(form: AudioFormat = PCM_24K, limits: Limits = LIMITS, **wire: Any) -> Item:
-    return read_item(wire, form, limits)
+def read(form: AudioFormat = PCM_24K, max_audio_s: float = 120.0, **wire: Any) -> Item:
+    return read_item(wire, form, max_audio_s)
 
 
 def message(role: str, *content: dict[str, Any], **fields: Any) -> Item:
@@ -52,9 +55,9 @@ def said(text: str, item_id: str | None = None) -> Item:
 
 def reply(text: str, item_id: str, ms: float = 1000.0, status: str = "completed") -> Item:
     item = AssistantMessage(item_id)
-    item.heard.add_text(text, 0.0)
-    item.heard.add_audio(ms)
-    item.heard.finish()
+    item.spoken.add_text(text, 0.0)
+    item.spoken.add_audio(ms)
+    item.spoken.finish()
     item.status = status
     return item
 
@@ -133,6 +136,16 @@ def test_sound_comes_in_and_goes_back_in_the_format_of_the_session(form: AudioFo
     assert len(back) == form.rate // 2
     edge = form.rate // 20
     np.testing.assert_allclose(back[edge:-edge], tone(0.5, form.rate)[edge:-edge], atol=0.03)
+
+
+def test_sound_is_kept_in_16_bits_and_read_the_same_each_time() -> None:
+    item = user_sound(tone(1) / 3)
+    (part,) = item.parts
+    assert isinstance(part, Spoken) and len(part.pcm) == 32_000
+    first, again = (item.message().content[0].samples for _ in range(2))
+    np.testing.assert_array_equal(first, samples_from_pcm16(part.pcm))
+    assert first.tobytes() == again.tobytes()
+    np.testing.assert_allclose(first, tone(1) / 3, atol=2**-16)
 
 
 def test_sound_is_not_told_but_on_request() -> None:
@@ -217,7 +230,7 @@ def test_what_the_model_cannot_take_is_refused_by_name() -> None:
 def test_sound_over_the_limit_is_refused() -> None:
     part = {"type": "input_audio", "audio": in_base64(1.5)}
     with pytest.raises(ProtocolError, match=r"1\.5 s long; send at most 1 s"):
-        read(limits=Limits(max_audio_s=1.0), type="message", role="user", content=[part])
+        read(max_audio_s=1.0, type="message", role="user", content=[part])
 
 
 def test_items_go_where_the_client_wants_them() -> None:
@@ -312,7 +325,7 @@ def test_what_is_not_finished_or_empty_is_not_read() -> None:
 def test_a_reply_in_progress_has_no_content_until_it_has_text() -> None:
     item = AssistantMessage("a")
     assert item.described()["content"] == []
-    item.heard.add_text("Hel", 0.0)
+    item.spoken.add_text("Hel", 0.0)
     assert item.described()["content"] == [{"type": "output_audio", "transcript": "Hel"}]
     written = AssistantMessage("b", speech=False, status="completed")
     assert written.described()["content"] == [{"type": "output_text", "text": ""}]
@@ -462,15 +475,18 @@ def too_long(positions: int, room: int) -> PromptTooLong:
 
 def test_the_oldest_turns_leave_a_prompt_that_is_too_long() -> None:
     items = long_talk(10)
-    assert items.shorten(too_long(1010, 1000), AUTO)
+    assert items.shorten(too_long(1010, 1000), LEAST)
     assert first_read(items) == "u1"
-    assert items.shorten(too_long(1000, 600), AUTO)
+    assert items.shorten(too_long(1000, 600), LEAST)
     assert first_read(items) == "u5"
     assert plain(items.messages("i"))[:2] == [("system", "i"), ("system", "s")]
     assert len(items) == 21 and items.retrieved("u0", PCM_24K)
 
 
 def test_a_share_of_the_room_is_kept_so_that_the_next_turns_fit() -> None:
+    usual = long_talk(10)
+    assert usual.shorten(too_long(1010, 1000), AUTO)
+    assert first_read(usual) == "u3"
     items = long_talk(10)
     assert items.shorten(too_long(1000, 1000), Truncation("retention_ratio", 0.6))
     assert first_read(items) == "u5"
@@ -481,7 +497,7 @@ def test_a_share_of_the_room_is_kept_so_that_the_next_turns_fit() -> None:
 
 def test_instructions_count_but_do_not_go() -> None:
     items = long_talk(10)
-    assert items.shorten(too_long(2000, 1600), AUTO, "i" * 6000)
+    assert items.shorten(too_long(2000, 1600), LEAST, "i" * 6000)
     assert first_read(items) == "u4"
 
 
@@ -490,7 +506,7 @@ def test_sound_counts_as_what_the_model_hears() -> None:
     for number in range(9):
         items.add(said(f"u{number}".ljust(297, "x"), f"u{number}"))
         items.add(reply("c", f"c{number}"))
-    assert items.shorten(too_long(100, 72), AUTO)
+    assert items.shorten(too_long(100, 72), LEAST)
     assert first_read(items) == "u0"
 
 
@@ -536,7 +552,8 @@ def test_a_turn_goes_with_its_calls_and_their_results() -> None:
 
 def test_limits_are_those_of_the_server() -> None:
     config = ServerConfig(max_messages=7, max_text_chars=8, max_audio_s=9)
-    assert Limits.of(config) == Limits(max_items=7, max_text_chars=8, max_audio_s=9.0)
+    limits = Limits.of(config, TalkConfig(talk_audio_s=10))
+    assert limits == Limits(max_items=7, max_text_chars=8, max_audio_s=9.0, max_total_audio_s=10.0)
 
 
 @pytest.mark.parametrize(
@@ -567,6 +584,17 @@ def test_a_full_conversation_forgets_first_what_is_no_longer_read() -> None:
     assert items.forgotten() == ()
     assert items.add(said("e", "e"), "b") is None
     assert ids(items) == ["e", "c", "d"]
+
+
+def test_what_is_refused_takes_nothing_away() -> None:
+    items = conversation(
+        said("a", "a"), reply("b", "b"), said("c", "c"), limits=Limits(max_text_chars=3)
+    )
+    assert items.shorten(too_long(9, 8), AUTO)
+    with pytest.raises(ProtocolError, match="5 characters"):
+        items.add(said("long"))
+    assert ids(items) == ["a", "b", "c"]
+    assert items.forgotten() == ()
 
 
 def test_parts_of_a_message_are_read_as_one() -> None:

@@ -6,6 +6,7 @@ import logging
 import signal
 import threading
 import time
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -14,11 +15,22 @@ import numpy as np
 import pytest
 from controller_server import worker_on_loopback
 from fake_engine import DONE, FakeEngine, serving, sound
-from realtime_client import MANUAL, Loudness, RealtimeClient, connected, noise, silence, talking
+from realtime_client import (
+    MANUAL,
+    Loudness,
+    RealtimeClient,
+    connected,
+    encoded,
+    noise,
+    silence,
+    talking,
+)
 from websockets.exceptions import ConnectionClosed
 
+from omnispeech.audio.formats import PCM_24K
 from omnispeech.config import TalkConfig
 from omnispeech.engine.events import EngineStatus, TextDelta
+from omnispeech.server.realtime.hearing.input_audio import InputAudio
 from omnispeech.server.realtime.idle_timer import IdleTimer
 
 WHOLE = replace(DONE, speech_finish="stop")
@@ -34,7 +46,7 @@ def gate() -> Iterator[threading.Event]:
 
 @pytest.fixture(autouse=True)
 def loudness(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omnispeech.server.realtime.hearing.SpeechDetector", Loudness)
+    monkeypatch.setattr("omnispeech.server.realtime.hearing.hearing.SpeechDetector", Loudness)
 
 
 async def test_a_full_server_says_so_and_takes_the_next_when_one_has_left() -> None:
@@ -156,6 +168,58 @@ async def test_what_a_full_conversation_refuses_is_not_told_as_committed() -> No
         await client.send("input_audio_buffer.commit")
         assert (await client.error())["code"] == "conversation_full"
     assert client.types().count("input_audio_buffer.committed") == 1
+
+
+async def test_a_commit_that_is_refused_keeps_the_sound() -> None:
+    engine = FakeEngine(*STOP)
+    async with talking(engine, max_messages=1) as client:
+        await client.begin(**MANUAL)
+        item = await client.say()
+        await client.append(noise(0.5))
+        await client.send("input_audio_buffer.commit")
+        assert (await client.error())["code"] == "conversation_full"
+        await client.send("conversation.item.delete", item_id=item["id"])
+        await client.append(noise(0.5))
+        await client.send("input_audio_buffer.commit")
+        await client.until("conversation.item.done")
+        await client.reply()
+    (message,) = engine.heard
+    np.testing.assert_allclose(message.content[0].samples, at_16_khz(noise(0.5), 2), atol=1e-4)
+
+
+def at_16_khz(samples: np.ndarray, times: int) -> np.ndarray:
+    """[N] 24 kHz, again and again, as the server hears it."""
+    audio = InputAudio(PCM_24K, max_s=60.0)
+    for _ in range(times):
+        audio.append(b64decode(encoded(samples)))
+    return audio.held()
+
+
+async def test_a_turn_that_finds_no_room_is_answered_by_a_reply_that_failed() -> None:
+    engine = FakeEngine(*STOP)
+    async with talking(engine, TalkConfig(speculate_ms=0), max_messages=1) as client:
+        await client.begin()
+        text = {"type": "input_text", "text": "Hello."}
+        item = {"type": "message", "role": "user", "content": [text]}
+        await client.send("conversation.item.create", item=item)
+        for number in range(2):
+            await client.append(np.concatenate([noise(0.5), silence(1.0)]))
+            response = (await client.until("response.done"))["response"]
+            assert response["status_details"]["error"]["code"] == "conversation_full", number
+        await client.sync()
+    assert engine.requests == [] and not client.of("input_audio_buffer.committed")
+    assert len(client.of("error")) == 1  # that of sync
+
+
+async def test_a_talk_holds_so_much_sound() -> None:
+    engine = FakeEngine(*STOP)
+    async with talking(engine, TalkConfig(talk_audio_s=1.0), max_audio_s=1.0) as client:
+        await client.begin(**MANUAL)
+        await client.say(0.6)
+        await client.append(noise(0.6))
+        await client.send("input_audio_buffer.commit")
+        error = await client.error()
+    assert error["code"] == "conversation_full" and "1 s (talk_audio_s)" in error["message"]
 
 
 async def test_a_speaker_without_pause_is_answered_at_the_longest_turn() -> None:

@@ -165,7 +165,7 @@ async def test_a_connection_that_only_seems_to_live_is_replaced() -> None:
 async def test_turns_are_detected_in_a_conversation_taken_up(
     lost: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("omnispeech.server.realtime.hearing.SpeechDetector", Loudness)
+    monkeypatch.setattr("omnispeech.server.realtime.hearing.hearing.SpeechDetector", Loudness)
     with serving(FakeEngine(*STOP)) as url:
         async with connected(url) as old:
             session = await old.begin()

@@ -568,10 +568,14 @@ async def test_a_long_talk_goes_on_in_a_real_worker_without_its_begin(
 ) -> None:
     async with connected(worker) as c:
         await c.manual(output_modalities=["text"], max_output_tokens=4, truncation=truncation)
+        reused = []
         for _ in range(8):
             await c.say("one two three " * 3)
             response = await c.respond()
             assert response.status in ("completed", "incomplete")
+            usage = response.usage
+            reused.append(usage.input_token_details.cached_tokens / usage.input_tokens)
+        assert max(reused[6:]) > 0.5  # the oldest turns went before; what is left is read once
         await c.sdk.session.update(session=MANUAL | {"truncation": "disabled"})
         for _ in range(8):
             await c.say("one two three " * 3)

@@ -5,10 +5,10 @@ from openai.types.realtime import RealtimeSessionCreateRequest
 from pydantic import TypeAdapter
 
 from omnispeech.audio.formats import PCM_24K, PCMA, PCMU, AudioFormat
-from omnispeech.server.realtime.field_values import Truncation
-from omnispeech.server.realtime.refusals import ProtocolError
-from omnispeech.server.realtime.session_settings import SessionSettings
-from omnispeech.server.realtime.turn_settings import ServerVAD
+from omnispeech.server.realtime.protocol.refusals import ProtocolError
+from omnispeech.server.realtime.settings.field_values import Truncation
+from omnispeech.server.realtime.settings.session_settings import SessionSettings
+from omnispeech.server.realtime.settings.turn_settings import ServerVAD
 
 START = SessionSettings()
 WEATHER = {

@@ -28,12 +28,11 @@ from omnispeech.engine.events import (
 from omnispeech.errors import GenerationError, Overloaded, PromptTooLong, Unauthorized
 from omnispeech.server.realtime.conversation import Conversation
 from omnispeech.server.realtime.idle_timer import IdleTimer
-from omnispeech.server.realtime.item_reading import Limits
-from omnispeech.server.realtime.items import Items
+from omnispeech.server.realtime.items.items import Items, Limits
 from omnispeech.server.realtime.outbox import Outbox
-from omnispeech.server.realtime.output_audio import OutputAudio
-from omnispeech.server.realtime.response import Response
-from omnispeech.server.realtime.session_settings import SessionSettings
+from omnispeech.server.realtime.replies.output_audio import OutputAudio
+from omnispeech.server.realtime.replies.response import Response
+from omnispeech.server.realtime.settings.session_settings import SessionSettings
 
 WHOLE = replace(DONE, speech_finish="stop")
 STOP = (TextDelta("Hel"), sound(500), TextDelta("lo"), sound(300, 500), WHOLE)
@@ -60,7 +59,7 @@ SPOKEN = ["response.output_audio.done", "response.output_audio_transcript.done"]
 
 @pytest.fixture(autouse=True)
 def loudness(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omnispeech.server.realtime.hearing.SpeechDetector", Loudness)
+    monkeypatch.setattr("omnispeech.server.realtime.hearing.hearing.SpeechDetector", Loudness)
 
 
 @pytest.fixture
@@ -405,6 +404,10 @@ async def test_nothing_to_answer_is_refused() -> None:
         await client.send("response.create")
         assert (await client.error())["code"] == "conversation_empty"
         assert (await client.reply(instructions="Greet me."))["status"] == "completed"
+        await client.send("response.create", response={"input": []})
+        error = await client.error()
+    assert error["code"] == "conversation_empty" and "response.input is empty" in error["message"]
+    assert error["param"] == "response.input"
 
 
 async def test_a_turn_for_which_there_is_no_room_is_not_told_as_committed() -> None:

@@ -17,7 +17,7 @@ LONG = {"max_output_tokens": 200}
 
 @pytest.fixture(autouse=True)
 def loudness(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("omnispeech.server.realtime.hearing.SpeechDetector", Loudness)
+    monkeypatch.setattr("omnispeech.server.realtime.hearing.hearing.SpeechDetector", Loudness)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omnispeech.audio.vad import WINDOW, SpeechDetector
-from omnispeech.server.realtime.turn_detection import (
+from omnispeech.server.realtime.hearing.turn_detection import (
     Paused,
     Resumed,
     SpeechStarted,
@@ -16,7 +16,7 @@ from omnispeech.server.realtime.turn_detection import (
     TurnDetector,
     TurnEvent,
 )
-from omnispeech.server.realtime.turn_settings import ServerVAD
+from omnispeech.server.realtime.settings.turn_settings import ServerVAD
 
 ROOT = Path(__file__).parent.parent
 SPEECH = {

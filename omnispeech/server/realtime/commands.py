@@ -6,14 +6,26 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from omnispeech.errors import OmniSpeechError, Unsupported
-from omnispeech.server.realtime import client_events as asked
-from omnispeech.server.realtime.answers import Answers
 from omnispeech.server.realtime.conversation import Conversation
-from omnispeech.server.realtime.hearing import Hearing
-from omnispeech.server.realtime.item_reading import Limits, read_item
-from omnispeech.server.realtime.refusals import ProtocolError, error_event
-from omnispeech.server.realtime.session_settings import SessionSettings
-from omnispeech.server.realtime.turn_detection import TurnEvent
+from omnispeech.server.realtime.hearing.hearing import Hearing
+from omnispeech.server.realtime.hearing.turn_detection import TurnEvent
+from omnispeech.server.realtime.items.reading import read_item
+from omnispeech.server.realtime.protocol.client_events import (
+    AppendAudio,
+    CancelResponse,
+    ClearAudio,
+    ClientEvent,
+    CommitAudio,
+    CreateItem,
+    CreateResponse,
+    DeleteItem,
+    RetrieveItem,
+    SessionUpdate,
+    TruncateItem,
+)
+from omnispeech.server.realtime.protocol.refusals import ProtocolError, error_event
+from omnispeech.server.realtime.replies.answers import Answers
+from omnispeech.server.realtime.settings.session_settings import SessionSettings
 from omnispeech.server.realtime.turns import Turns
 
 DETECTION = "session.audio.input.turn_detection"
@@ -27,12 +39,12 @@ class Commands:
     hearing: Hearing
     turns: Turns
     answers: Answers
-    limits: Limits
+    max_audio_s: float  # of one sound
     describe: Callable[[], dict[str, Any]]
     touch: Callable[[], None]
 
-    async def obey(self, event: asked.ClientEvent) -> None:
-        """Raises OmniSpeechError; then nothing was done."""
+    async def obey(self, event: ClientEvent) -> None:
+        """Raises OmniSpeechError; then nothing has changed for the client."""
         await OBEY[type(event)](self, event)
 
     async def listen(self, settings: SessionSettings) -> list[ProtocolError]:
@@ -49,7 +61,7 @@ class Commands:
         for exc in refused:
             self.conversation.outbox.put(error_event(exc, event_id))
 
-    async def _update(self, event: asked.SessionUpdate) -> None:
+    async def _update(self, event: SessionUpdate) -> None:
         settings, refused = self.conversation.settings.updated(event.session)
         self.turns.forget_guess()
         refused += await self.listen(settings)
@@ -58,7 +70,7 @@ class Commands:
         self.tell_errors(refused, event.event_id)
         self.conversation.tell("session.updated", session=self.describe())
 
-    async def _append(self, event: asked.AppendAudio) -> None:
+    async def _append(self, event: AppendAudio) -> None:
         came_s = asyncio.get_running_loop().time()
         if self.conversation.settings.turn_detection is None:
             self.touch()
@@ -73,35 +85,36 @@ class Commands:
             self.turns.forget()
             self.conversation.outbox.put(error_event(exc))
 
-    async def _commit(self, event: asked.CommitAudio) -> None:
+    async def _commit(self, event: CommitAudio) -> None:
         self.touch()
+        self.turns.commit(self.hearing.held())
         self.turns.forget_guess()
-        self.turns.commit(self.hearing.commit())
+        self.hearing.clear()
 
-    async def _clear(self, event: asked.ClearAudio) -> None:
+    async def _clear(self, event: ClearAudio) -> None:
         self.hearing.clear()
         self.turns.forget()
         self.conversation.tell("input_audio_buffer.cleared")
 
-    async def _create_item(self, event: asked.CreateItem) -> None:
+    async def _create_item(self, event: CreateItem) -> None:
         self.touch()
         self.turns.forget_guess()
         form = self.conversation.settings.input_format
-        item = await asyncio.to_thread(read_item, event.item, form, self.limits)
+        item = await asyncio.to_thread(read_item, event.item, form, self.max_audio_s)
         self.conversation.add(item, event.previous_item_id)
         self.conversation.finish(item)
 
-    async def _retrieve_item(self, event: asked.RetrieveItem) -> None:
+    async def _retrieve_item(self, event: RetrieveItem) -> None:
         form = self.conversation.settings.input_format
         item = await asyncio.to_thread(self.conversation.items.retrieved, event.item_id, form)
         self.conversation.tell("conversation.item.retrieved", item=item)
 
-    async def _delete_item(self, event: asked.DeleteItem) -> None:
+    async def _delete_item(self, event: DeleteItem) -> None:
         self.turns.forget_guess()
         self.conversation.items.delete(event.item_id)
         self.conversation.tell("conversation.item.deleted", item_id=event.item_id)
 
-    async def _truncate_item(self, event: asked.TruncateItem) -> None:
+    async def _truncate_item(self, event: TruncateItem) -> None:
         self.turns.forget_guess()
         items = self.conversation.items
         end_ms = items.truncate(event.item_id, event.content_index, event.audio_end_ms)
@@ -112,7 +125,7 @@ class Commands:
             audio_end_ms=end_ms,
         )
 
-    async def _create_response(self, event: asked.CreateResponse) -> None:
+    async def _create_response(self, event: CreateResponse) -> None:
         settings, refused = self.conversation.settings.for_response(event.response)
         if refused:
             self.tell_errors(refused, event.event_id)
@@ -127,19 +140,19 @@ class Commands:
             self.turns.give_way()
         self.answers.create(settings, chosen)
 
-    async def _cancel_response(self, event: asked.CancelResponse) -> None:
+    async def _cancel_response(self, event: CancelResponse) -> None:
         self.answers.cancel(event.response_id)
 
 
 OBEY: dict[type, Callable[[Commands, Any], Awaitable[None]]] = {
-    asked.SessionUpdate: Commands._update,
-    asked.AppendAudio: Commands._append,
-    asked.CommitAudio: Commands._commit,
-    asked.ClearAudio: Commands._clear,
-    asked.CreateItem: Commands._create_item,
-    asked.RetrieveItem: Commands._retrieve_item,
-    asked.DeleteItem: Commands._delete_item,
-    asked.TruncateItem: Commands._truncate_item,
-    asked.CreateResponse: Commands._create_response,
-    asked.CancelResponse: Commands._cancel_response,
+    SessionUpdate: Commands._update,
+    AppendAudio: Commands._append,
+    CommitAudio: Commands._commit,
+    ClearAudio: Commands._clear,
+    CreateItem: Commands._create_item,
+    RetrieveItem: Commands._retrieve_item,
+    DeleteItem: Commands._delete_item,
+    TruncateItem: Commands._truncate_item,
+    CreateResponse: Commands._create_response,
+    CancelResponse: Commands._cancel_response,
 }

@@ -12,7 +12,7 @@ from starlette.websockets import WebSocketState
 
 from omnispeech.errors import GenerationError
 from omnispeech.server.realtime.outbox import EVENT_ROOM, Outbox
-from omnispeech.server.realtime.refusals import binary_frame, error_event
+from omnispeech.server.realtime.protocol.refusals import binary_frame, error_event
 from omnispeech.server.realtime.talk import NORMAL, Close, Talk
 
 logger = logging.getLogger(__name__)

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from omnispeech.server.realtime.ids import new_id
-from omnispeech.server.realtime.item_kinds import Item
-from omnispeech.server.realtime.items import Items
+from omnispeech.server.realtime.items.items import Items
+from omnispeech.server.realtime.items.kinds import Item
 from omnispeech.server.realtime.outbox import Outbox
-from omnispeech.server.realtime.session_settings import SessionSettings
+from omnispeech.server.realtime.protocol.ids import new_id
+from omnispeech.server.realtime.settings.session_settings import SessionSettings
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
 
-from omnispeech.server.realtime.ids import new_id
+from omnispeech.server.realtime.protocol.ids import new_id
 
 # characters that may wait for a slow client: replies stop before events do, so that it can still
 # interrupt them

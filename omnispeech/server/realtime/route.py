@@ -5,7 +5,7 @@ from fastapi import APIRouter, WebSocket
 from omnispeech.logs import CONVERSATION
 from omnispeech.server.realtime.connection import Connection, say_goodbye
 from omnispeech.server.realtime.outbox import Outbox
-from omnispeech.server.realtime.refusals import ProtocolError, error_event
+from omnispeech.server.realtime.protocol.refusals import ProtocolError, error_event
 from omnispeech.server.realtime.talk import POLICY, Close
 from omnispeech.server.realtime.talks import Refused, Seat, Talks
 from omnispeech.server.tracing import Tracing

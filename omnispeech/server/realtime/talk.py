@@ -10,18 +10,17 @@ from omnispeech.config import ServerConfig, TalkConfig
 from omnispeech.errors import OmniSpeechError, Unauthorized
 from omnispeech.server.admission import STOPPING, Admission
 from omnispeech.server.metrics import TalkEnd, TalkFigures
-from omnispeech.server.realtime import client_events as asked
-from omnispeech.server.realtime.answers import Answers
 from omnispeech.server.realtime.commands import Commands
 from omnispeech.server.realtime.conversation import Conversation
-from omnispeech.server.realtime.hearing import Hearing
-from omnispeech.server.realtime.ids import new_id
-from omnispeech.server.realtime.item_reading import Limits
-from omnispeech.server.realtime.items import Items
+from omnispeech.server.realtime.hearing.hearing import Hearing
+from omnispeech.server.realtime.items.items import Items, Limits
 from omnispeech.server.realtime.outbox import Outbox
-from omnispeech.server.realtime.refusals import error_event
-from omnispeech.server.realtime.response import Response
-from omnispeech.server.realtime.session_settings import SessionSettings
+from omnispeech.server.realtime.protocol.client_events import parse
+from omnispeech.server.realtime.protocol.ids import new_id
+from omnispeech.server.realtime.protocol.refusals import error_event
+from omnispeech.server.realtime.replies.answers import Answers
+from omnispeech.server.realtime.replies.response import Response
+from omnispeech.server.realtime.settings.session_settings import SessionSettings
 from omnispeech.server.realtime.transcripts import Transcripts
 from omnispeech.server.realtime.turns import Turns
 
@@ -48,24 +47,24 @@ class Talk:
     """
 
     def __init__(
-        self, engine: Admission, config: ServerConfig, limits: TalkConfig, figures: TalkFigures
+        self, engine: Admission, config: ServerConfig, talk_config: TalkConfig, figures: TalkFigures
     ) -> None:
         self.id = new_id("sess")
         self._engine = engine
         self._config = config
-        self._limits = limits
+        self._talk_config = talk_config
         self._figures = figures
         self._loop = asyncio.get_running_loop()
-        self._ends_s = self._loop.time() + limits.max_talk_s
-        self._expires_at = int(time.time() + limits.max_talk_s)
-        self._item_limits = Limits.of(config)
+        self._ends_s = self._loop.time() + talk_config.max_talk_s
+        self._expires_at = int(time.time() + talk_config.max_talk_s)
         settings = SessionSettings(
-            may_transcribe=limits.transcription == "model",
-            reply_tokens=limits.reply_tokens,
+            may_transcribe=talk_config.transcription == "model",
+            reply_tokens=talk_config.reply_tokens,
             max_text_chars=config.max_text_chars,
         )
-        self._conversation = Conversation(settings, Items(self._item_limits), Outbox.closed())
-        self._answers = Answers(engine, self._conversation, self._over, self._heard)
+        items = Items(Limits.of(config, talk_config))
+        self._conversation = Conversation(settings, items, Outbox.closed())
+        self._answers = Answers(engine, self._conversation, self._over, self._sent)
         self._hear_anew()
 
     async def enter(self, outbox: Outbox, on_end: OnEnd, *, resumed: bool) -> None:
@@ -86,8 +85,8 @@ class Talk:
 
     def _hear_anew(self) -> None:
         """Nothing that was being said matters any more."""
-        conversation, limits = self._conversation, self._limits
-        hearing = Hearing(conversation.settings, self._config.max_audio_s, limits.speculate_ms)
+        conversation, speculate_ms = self._conversation, self._talk_config.speculate_ms
+        hearing = Hearing(conversation.settings, self._config.max_audio_s, speculate_ms)
         self._transcripts = Transcripts(self._engine, conversation)
         self._turns = Turns(
             self._engine, conversation, hearing, self._answers, self._transcripts, self._figures
@@ -98,7 +97,7 @@ class Talk:
             hearing,
             self._turns,
             self._answers,
-            self._item_limits,
+            self._config.max_audio_s,
             describe=self._described,
             touch=self._touch,
         )
@@ -107,8 +106,8 @@ class Talk:
         """One event of the client. Nothing it says ends the talk."""
         event_id: str | None = None
         try:
-            read = asyncio.to_thread(asked.parse, text) if len(text) > LARGE else None
-            event = await read if read else asked.parse(text)
+            read = asyncio.to_thread(parse, text) if len(text) > LARGE else None
+            event = await read if read else parse(text)
             event_id = event.event_id
             async with self._conversation.order:
                 await self._commands.obey(event)
@@ -117,9 +116,9 @@ class Talk:
 
     def due(self) -> tuple[float, Close]:
         """When this talk has to end if nothing more happens, and how."""
-        idle_s = self._limits.talk_idle_s
+        idle_s = self._talk_config.talk_idle_s
         silent = Close(NORMAL, f"nobody has spoken for {idle_s:g} s (talk_idle_s)", "idle")
-        longest = self._limits.max_talk_s
+        longest = self._talk_config.max_talk_s
         old = Close(NORMAL, f"the talk has lasted {longest:g} s (max_talk_s)", "duration")
         if self._ends_s <= self._silent_from_s() + idle_s:
             return self._ends_s, old
@@ -133,10 +132,10 @@ class Talk:
     def _silent_from_s(self) -> float:
         replying = self._answers.busy and not self._turns.unasked
         busy = replying or self._hearing.speaking
-        return self._loop.time() if busy else self._last_s
+        return self._loop.time() if busy else self._last_active_s
 
     def _touch(self) -> None:
-        self._last_s = self._loop.time()
+        self._last_active_s = self._loop.time()
 
     def _described(self) -> dict[str, Any]:
         model = self._config.model_name
@@ -151,9 +150,9 @@ class Talk:
         elif not response.out_of_band:
             self._turns.go_on()
 
-    def _heard(self, response: Response) -> None:
+    def _sent(self, response: Response) -> None:
         """The client has been sent all of a reply."""
         if not self._turns.unasked:  # or a model that breaks every silence would never be alone
-            self._last_s = max(self._loop.time(), response.played_s)
+            self._last_active_s = max(self._loop.time(), response.played_s)
         if response.status in ("completed", "incomplete"):
             self._turns.wait_for_speech(response.played_s)

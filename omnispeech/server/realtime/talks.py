@@ -34,11 +34,11 @@ class Seat:
 
 class Talks:
     def __init__(
-        self, engine: Admission, config: ServerConfig, limits: TalkConfig, figures: TalkFigures
+        self, engine: Admission, config: ServerConfig, talk_config: TalkConfig, figures: TalkFigures
     ) -> None:
         self._engine = engine
         self._config = config
-        self._limits = limits
+        self._talk_config = talk_config
         self._figures = figures
         self._seats: dict[str, Seat] = {}  # parked ones in the order of parking
         engine.on_stop(self._farewell)
@@ -53,7 +53,7 @@ class Talks:
             place.enter_context(caller.talk())
         except TooManyRequests as exc:
             raise Refused(Close(LATER, str(exc), "policy")) from exc
-        talk = Talk(self._engine, self._config, self._limits, self._figures)
+        talk = Talk(self._engine, self._config, self._talk_config, self._figures)
         seat = self._seats[talk.id] = Seat(talk, caller, place)
         self._figures.talk_opened()
         return seat
@@ -95,13 +95,13 @@ class Talks:
 
     def _part(self, seat: Seat, close: Close) -> None:
         seat.connection = None
-        if close.end != "lost" or not self._limits.resume_s or self._engine.stopping:
+        if close.end != "lost" or not self._talk_config.resume_s or self._engine.stopping:
             self._end(seat, close.end)
             return
         self._figures.talk_parked()
         self._seats[seat.talk.id] = self._seats.pop(seat.talk.id)
         loop = asyncio.get_running_loop()
-        seat.expiry = loop.call_later(self._limits.resume_s, self._end, seat, "lost")
+        seat.expiry = loop.call_later(self._talk_config.resume_s, self._end, seat, "lost")
 
     def _end(self, seat: Seat, reason: TalkEnd) -> None:
         """Its memory and its place are free."""
@@ -122,11 +122,11 @@ class Talks:
 
     def _make_room(self) -> None:
         """Who waits for a lost client longest makes room for one who is there."""
-        if len(self._seats) < self._limits.max_talks:
+        if len(self._seats) < self._talk_config.max_talks:
             return
         parked = next((seat for seat in self._seats.values() if seat.expiry), None)
         if parked is None:
-            most = self._limits.max_talks
+            most = self._talk_config.max_talks
             reason = f"all {most} places (max_talks) are taken; try again later"
             raise Refused(Close(LATER, reason, "policy"))
         self._end(parked, "lost")

@@ -7,8 +7,8 @@ from typing import Any
 from omnispeech.errors import OmniSpeechError
 from omnispeech.server.admission import Admission
 from omnispeech.server.realtime.conversation import Conversation
-from omnispeech.server.realtime.item_kinds import MessageItem, Spoken
-from omnispeech.server.realtime.refusals import response_error
+from omnispeech.server.realtime.items.kinds import MessageItem, Spoken
+from omnispeech.server.realtime.protocol.refusals import response_error
 from omnispeech.server.transcription import transcribe
 
 KIND = "conversation.item.input_audio_transcription"

@@ -1,37 +1,28 @@
 """Whose turn it is: from what the detector hears to what is committed, begun, stopped, answered."""
 
 import asyncio
-from dataclasses import dataclass
 
 from omnispeech.engine.events import Samples
 from omnispeech.errors import OmniSpeechError
-from omnispeech.server.admission import Admission, Guess
+from omnispeech.server.admission import Admission
 from omnispeech.server.metrics import TalkFigures
-from omnispeech.server.realtime.answers import Answers
-from omnispeech.server.realtime.begun_turn import BegunTurn
 from omnispeech.server.realtime.conversation import Conversation
-from omnispeech.server.realtime.hearing import Hearing
-from omnispeech.server.realtime.idle_timer import IdleTimer
-from omnispeech.server.realtime.ids import new_id
-from omnispeech.server.realtime.item_kinds import user_sound
-from omnispeech.server.realtime.refusals import error_event
-from omnispeech.server.realtime.transcripts import Transcripts
-from omnispeech.server.realtime.turn_detection import (
+from omnispeech.server.realtime.hearing.hearing import Hearing
+from omnispeech.server.realtime.hearing.turn_detection import (
     Paused,
     Resumed,
     SpeechStarted,
     SpeechStopped,
     TurnEvent,
 )
-from omnispeech.server.realtime.turn_settings import ServerVAD
-
-
-@dataclass(slots=True)
-class BegunGuess:
-    """An answer to a question that may not be over; nobody has been told of it."""
-
-    guess: Guess
-    turn: BegunTurn
+from omnispeech.server.realtime.idle_timer import IdleTimer
+from omnispeech.server.realtime.items.kinds import user_sound
+from omnispeech.server.realtime.protocol.ids import new_id
+from omnispeech.server.realtime.protocol.refusals import ProtocolError, error_event
+from omnispeech.server.realtime.replies.answers import Answers
+from omnispeech.server.realtime.replies.begun_turn import BegunGuess, BegunTurn
+from omnispeech.server.realtime.settings.turn_settings import ServerVAD
+from omnispeech.server.realtime.transcripts import Transcripts
 
 
 class Turns:
@@ -90,7 +81,14 @@ class Turns:
         self._conversation.tell(
             "input_audio_buffer.speech_stopped", audio_end_ms=event.end_ms, item_id=item_id
         )
-        self.commit(self._hearing.take(event.start_ms, event.end_ms))
+        try:
+            self.commit(self._hearing.take(event.start_ms, event.end_ms))
+        except ProtocolError as exc:
+            if self._answers.active or not vad.create_response:
+                raise
+            self.forget()
+            self._answers.fail(self._conversation.settings.for_turn(), exc)
+            return
         if vad.create_response:
             self.answer()
 

@@ -2,28 +2,50 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from omnispeech.audio.formats import AudioFormat
+from omnispeech.config import ServerConfig, TalkConfig
 from omnispeech.engine.events import Message
 from omnispeech.errors import PromptTooLong
-from omnispeech.server.realtime.client_events import CODES, shown
-from omnispeech.server.realtime.field_values import Truncation
-from omnispeech.server.realtime.history import history, turns, turns_to_drop
-from omnispeech.server.realtime.item_kinds import (
+from omnispeech.server.realtime.items.history import history, turns, turns_to_drop
+from omnispeech.server.realtime.items.kinds import (
     AssistantMessage,
     FunctionCall,
     FunctionOutput,
     Item,
     MessageItem,
 )
-from omnispeech.server.realtime.item_reading import MAX_FRAME_BYTES, Limits, read_item
-from omnispeech.server.realtime.refusals import ProtocolError
+from omnispeech.server.realtime.items.reading import read_item
+from omnispeech.server.realtime.protocol.client_events import CODES, shown
+from omnispeech.server.realtime.protocol.refusals import ProtocolError
+from omnispeech.server.realtime.protocol.sizes import MAX_FRAME_BYTES
+from omnispeech.server.realtime.settings.field_values import Truncation
 
 ROOT = "root"  # before the first item
 REFERENCE = "item_reference"
 
 Verb = Literal["retrieve", "delete", "truncate"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Of one conversation."""
+
+    max_items: int = 1000
+    max_text_chars: int = 200_000
+    max_audio_s: float = 120.0  # of one item
+    max_total_audio_s: float = 800.0  # 32 kB a second
+
+    @classmethod
+    def of(cls, config: ServerConfig, talk: TalkConfig) -> "Limits":
+        return cls(
+            max_items=config.max_messages,
+            max_text_chars=config.max_text_chars,
+            max_audio_s=config.max_audio_s,
+            max_total_audio_s=talk.talk_audio_s,
+        )
 
 
 class Items:
@@ -137,7 +159,7 @@ class Items:
         preface, found = turns([item for item in self if item.id not in self._unread])
         if truncation.kind == "disabled" or len(found) < 2:
             return False
-        too_long = 1 - truncation.ratio * exc.room / exc.positions
+        too_long = 1 - truncation.kept * exc.room / exc.positions
         for turn in found[: turns_to_drop(instructions, preface, found, too_long)]:
             self._unread |= {item.id for item in turn}
         return True
@@ -145,20 +167,24 @@ class Items:
     def make_room(self, item: Item, place: str = "item") -> None:
         """What the model no longer reads goes first. What it says itself is never refused.
 
-        Raises ProtocolError.
+        Raises ProtocolError; then nothing went.
         """
-        while reason := self._excess(item):
-            oldest = next((other.id for other in self if other.id in self._unread), None)
+        going: set[str] = set()
+        unread = (other.id for other in self if other.id in self._unread)
+        while reason := self._excess(item, going):
+            oldest = next(unread, None)
             if oldest is None and item.status == "in_progress":
-                return
+                break
             if oldest is None:
                 raise ProtocolError(
                     f"{reason}; delete items, or begin another conversation",
                     code="conversation_full",
                     param=place,
                 )
-            self.delete(oldest)
-            self._forgotten.append(oldest)
+            going.add(oldest)
+        for item_id in [other.id for other in self if other.id in going]:
+            self.delete(item_id)
+            self._forgotten.append(item_id)
 
     def forgotten(self) -> tuple[str, ...]:
         """Ids of the items that had to go for others since this was last asked."""
@@ -206,19 +232,22 @@ class Items:
         for each in (item, *reversed(following)):
             self._items[each.id] = each
 
-    def _excess(self, item: Item) -> str | None:
-        limits, items = self._limits, (*self, item)
+    def _excess(self, item: Item, going: set[str]) -> str | None:
+        """What is too much, with `item` and without those that go."""
+        limits = self._limits
+        items = (*(other for other in self if other.id not in going), item)
         if len(items) > limits.max_items:
             return f"the conversation has {limits.max_items} items, the most it may have"
         if (length := sum(other.characters for other in items)) > limits.max_text_chars:
             return f"the texts would have {length} characters; allowed: {limits.max_text_chars}"
         if (seconds := sum(other.seconds for other in items)) > limits.max_total_audio_s:
-            return f"the sounds would be {seconds:.0f} s; allowed: {limits.max_total_audio_s:g} s"
+            most = limits.max_total_audio_s
+            return f"the sounds would be {seconds:.0f} s; allowed: {most:g} s (talk_audio_s)"
         return None
 
     def _chosen(self, wire: dict[str, Any], form: AudioFormat, place: str) -> Item:
         if wire.get("type") != REFERENCE:
-            return read_item(wire, form, self._limits, place)
+            return read_item(wire, form, self._limits.max_audio_s, place)
         item_id = wire.get("id")
         if not isinstance(item_id, str) or item_id not in self._items:
             raise ProtocolError(

@@ -6,8 +6,9 @@ from typing import Any
 
 from omnispeech.audio.formats import PCM_24K, AudioFormat
 from omnispeech.engine.events import Tool
-from omnispeech.server.realtime.client_events import shown
-from omnispeech.server.realtime.field_values import (
+from omnispeech.server.realtime.protocol.client_events import shown
+from omnispeech.server.realtime.protocol.refusals import ProtocolError
+from omnispeech.server.realtime.settings.field_values import (
     MAX_NAME,
     NO_TRANSCRIPTION,
     UNSUPPORTED,
@@ -23,7 +24,7 @@ from omnispeech.server.realtime.field_values import (
     truncation,
     voice,
 )
-from omnispeech.server.realtime.fields import (
+from omnispeech.server.realtime.settings.fields import (
     Read,
     Reader,
     checked,
@@ -36,9 +37,8 @@ from omnispeech.server.realtime.fields import (
     text,
     unsupported,
 )
-from omnispeech.server.realtime.refusals import ProtocolError
-from omnispeech.server.realtime.tools import described_tool, tools
-from omnispeech.server.realtime.turn_settings import DEFAULT, ServerVAD, turn_detection
+from omnispeech.server.realtime.settings.tools import described_tool, tools
+from omnispeech.server.realtime.settings.turn_settings import DEFAULT, ServerVAD, turn_detection
 from omnispeech.server.voices import VOICE
 
 MAX_TEMPERATURE = 2.0

@@ -6,11 +6,11 @@ from typing import Any, Literal
 from omnispeech.engine.events import AudioDelta, Done, Event, TextDelta, ToolCall
 from omnispeech.errors import OmniSpeechError
 from omnispeech.server.realtime.conversation import Conversation
-from omnispeech.server.realtime.ids import new_id
-from omnispeech.server.realtime.item_kinds import AssistantMessage, FunctionCall, Item
-from omnispeech.server.realtime.output_message import OutputMessage
-from omnispeech.server.realtime.refusals import ProtocolError, response_error
-from omnispeech.server.realtime.session_settings import ResponseSettings
+from omnispeech.server.realtime.items.kinds import AssistantMessage, FunctionCall, Item
+from omnispeech.server.realtime.protocol.ids import new_id
+from omnispeech.server.realtime.protocol.refusals import ProtocolError, response_error
+from omnispeech.server.realtime.replies.output_message import OutputMessage
+from omnispeech.server.realtime.settings.session_settings import ResponseSettings
 
 Status = Literal["in_progress", "completed", "incomplete", "cancelled", "failed"]
 Reason = Literal["turn_detected", "client_cancelled"]

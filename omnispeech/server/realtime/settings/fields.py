@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omnispeech.errors import RequestError
-from omnispeech.server.realtime.client_events import shown
-from omnispeech.server.realtime.refusals import ProtocolError
-
-MAX_FIELD_BYTES = 400_000
+from omnispeech.server.realtime.protocol.client_events import shown
+from omnispeech.server.realtime.protocol.refusals import ProtocolError
+from omnispeech.server.realtime.protocol.sizes import MAX_FIELD_BYTES
 
 
 @dataclass(slots=True)

@@ -3,8 +3,10 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, aclosing
+from dataclasses import dataclass
 
 from omnispeech.engine.events import Event
+from omnispeech.server.admission import Guess
 
 Outcome = Event | Exception | None  # None: there is no more
 
@@ -58,3 +60,11 @@ class BegunTurn:
         """Returns when the engine has let go."""
         self._task.cancel()
         await asyncio.wait([self._task])
+
+
+@dataclass(slots=True)
+class BegunGuess:
+    """An answer to a question that may not be over; nobody has been told of it."""
+
+    guess: Guess
+    turn: BegunTurn

@@ -1,6 +1,7 @@
 """The sound a client sends in the course of one conversation, and its clock."""
 
 from collections import deque
+from copy import copy
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class InputAudio:
 
     @property
     def held_ms(self) -> float:
-        """What a commit would give, but for what the resampler holds."""
+        """Of `held`, but for what the resampler holds."""
         return (self._end - self._begin) / PER_MS
 
     def append(self, data: bytes) -> Samples:
@@ -69,16 +70,16 @@ class InputAudio:
             self._flushed = np.concatenate([self._flushed, self._resampler.finish()])
             self._open(format)
 
-    def commit(self) -> Samples:
-        """[N]: all that is held, to the last sample; the buffer is empty afterwards."""
-        self._keep(self._resampler.finish())
-        self._open(self._format)
-        sound = self._joined()
-        self._drop_before(self._end)
-        return sound
+    def held(self) -> Samples:
+        """[N]: all of it, to the last sample; the buffer stays as it is."""
+        rest = copy(self._resampler).finish()
+        return np.concatenate([*self._pieces, _clipped(self._flushed, rest)])
 
     def clear(self) -> None:
-        self.commit()
+        """The stream ends here, whether what is held was committed or not."""
+        self._keep(self._resampler.finish())
+        self._open(self._format)
+        self._drop_before(self._end)
 
     def peek(self, from_ms: int, to_ms: int) -> Samples:
         """[N] of [from_ms, to_ms), as far as it is held."""
@@ -95,8 +96,7 @@ class InputAudio:
         self._drop_before(min(before_ms * PER_MS, self._end))
 
     def _keep(self, samples: Samples) -> Samples:
-        # the filter swings over full scale beside a loud edge
-        new = np.clip(np.concatenate([self._flushed, samples]), -1.0, 1.0)
+        new = _clipped(self._flushed, samples)
         self._flushed = NOTHING
         if len(new):
             self._pieces.append(new)
@@ -113,3 +113,8 @@ class InputAudio:
             # a copy: a view would keep the memory of the whole piece
             self._pieces[0] = self._pieces[0][place - self._begin :].copy()
             self._begin = place
+
+
+def _clipped(*pieces: Samples) -> Samples:
+    """In one; the filter swings over full scale beside a loud edge."""
+    return np.clip(np.concatenate(pieces), -1.0, 1.0)

@@ -1,7 +1,6 @@
 """Items as clients write them -> items of the conversation."""
 
 import json
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
@@ -10,18 +9,8 @@ from pydantic_core import from_json
 
 from omnispeech.audio.formats import AudioFormat
 from omnispeech.audio.resample import Resampler
-from omnispeech.config import ServerConfig
 from omnispeech.engine.events import INPUT_RATE_HZ, Samples
-from omnispeech.server.realtime.client_events import (
-    CODES,
-    Id,
-    dotted,
-    field_refusal,
-    shown,
-    sound_bytes,
-)
-from omnispeech.server.realtime.ids import new_id
-from omnispeech.server.realtime.item_kinds import (
+from omnispeech.server.realtime.items.kinds import (
     FunctionCall,
     FunctionOutput,
     Item,
@@ -31,11 +20,20 @@ from omnispeech.server.realtime.item_kinds import (
     Spoken,
     Written,
 )
-from omnispeech.server.realtime.refusals import ProtocolError
+from omnispeech.server.realtime.protocol.client_events import (
+    CODES,
+    Id,
+    dotted,
+    field_refusal,
+    shown,
+    sound_bytes,
+)
+from omnispeech.server.realtime.protocol.ids import new_id
+from omnispeech.server.realtime.protocol.refusals import ProtocolError
+from omnispeech.server.realtime.protocol.sizes import MAX_FRAME_BYTES
 
 M = TypeVar("M", bound=BaseModel)
 
-MAX_FRAME_BYTES = 1_000_000  # clients read no more than 1 MiB at a time
 MAX_PARTS = 100  # of one message
 KINDS_OF_PARTS: dict[Role, tuple[str, ...]] = {
     "system": ("input_text",),
@@ -47,24 +45,6 @@ UNSUPPORTED = {
     "input_image": "the model does not see; send input_text or input_audio",
     "mcp": "the server calls no MCP servers; send function_call and function_call_output",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """Of one conversation."""
-
-    max_items: int = 1000
-    max_text_chars: int = 200_000
-    max_audio_s: float = 120.0  # of one item
-    max_total_audio_s: float = 3600.0  # 230 MB of samples
-
-    @classmethod
-    def of(cls, config: ServerConfig) -> "Limits":
-        return cls(
-            max_items=config.max_messages,
-            max_text_chars=config.max_text_chars,
-            max_audio_s=config.max_audio_s,
-        )
 
 
 class _Wire(BaseModel):
@@ -110,9 +90,11 @@ KINDS: dict[str, type[_Wire]] = {
 }
 
 
-def read_item(wire: dict[str, Any], form: AudioFormat, limits: Limits, place: str = "item") -> Item:
+def read_item(
+    wire: dict[str, Any], form: AudioFormat, max_audio_s: float, place: str = "item"
+) -> Item:
     """Decodes sound too, which is in `form`. place: where `wire` is in the client's event."""
-    item = _read(_valid(_kind_of(wire, place), wire, place), form, limits, place)
+    item = _read(_valid(_kind_of(wire, place), wire, place), form, max_audio_s, place)
     size = len(json.dumps(item.described(), ensure_ascii=False).encode())
     if size > MAX_FRAME_BYTES:
         raise ProtocolError(
@@ -123,12 +105,12 @@ def read_item(wire: dict[str, Any], form: AudioFormat, limits: Limits, place: st
     return item
 
 
-def _read(given: _Wire, form: AudioFormat, limits: Limits, place: str) -> Item:
+def _read(given: _Wire, form: AudioFormat, max_audio_s: float, place: str) -> Item:
     item_id = given.id or new_id("item")
     match given:
         case _WireMessage():
             content = [
-                _part(given.role, part, form, limits, dotted(place, ("content", number)))
+                _part(given.role, part, form, max_audio_s, dotted(place, ("content", number)))
                 for number, part in enumerate(given.content)
             ]
             return MessageItem(item_id, given.role, tuple(content))
@@ -162,7 +144,9 @@ def _valid(model: type[M], wire: dict[str, Any], place: str) -> M:
         raise field_refusal(exc.errors(include_url=False)[0], model, place) from exc
 
 
-def _part(role: Role, wire: dict[str, Any], form: AudioFormat, limits: Limits, place: str) -> Part:
+def _part(
+    role: Role, wire: dict[str, Any], form: AudioFormat, max_audio_s: float, place: str
+) -> Part:
     kind, known = wire.get("type"), KINDS_OF_PARTS[role]
     if kind == "input_image":
         message = f"{place}.type={shown(kind)}; {UNSUPPORTED['input_image']}"
@@ -172,9 +156,9 @@ def _part(role: Role, wire: dict[str, Any], form: AudioFormat, limits: Limits, p
         raise ProtocolError(message, param=f"{place}.type")
     part = _valid(_WirePart, wire, place)
     if kind == "input_audio":
-        samples = _sound(_needed(part, "audio", place), form, limits, f"{place}.audio")
+        samples = _sound(_needed(part, "audio", place), form, max_audio_s, f"{place}.audio")
         _refuse(part, ("text",), place)
-        return Spoken(samples, part.transcript)
+        return Spoken.of(samples, part.transcript)
     if kind == "output_audio":
         _refuse(part, ("text", "audio"), place)
         return Written(_needed(part, "transcript", place), kind)
@@ -199,7 +183,7 @@ def _refuse(part: _WirePart, names: tuple[str, ...], place: str) -> None:
             raise ProtocolError(message, code="unsupported", param=param)
 
 
-def _sound(text: str, form: AudioFormat, limits: Limits, place: str) -> Samples:
+def _sound(text: str, form: AudioFormat, max_audio_s: float, place: str) -> Samples:
     try:
         data = sound_bytes(text)
     except ValueError as exc:
@@ -210,9 +194,9 @@ def _sound(text: str, form: AudioFormat, limits: Limits, place: str) -> Samples:
             f"in the session's input format ({form.type})",
             param=place,
         )
-    if (seconds := form.milliseconds(len(data)) / 1000) > limits.max_audio_s:
+    if (seconds := form.milliseconds(len(data)) / 1000) > max_audio_s:
         raise ProtocolError(
-            f"{place} is {seconds:.1f} s long; send at most {limits.max_audio_s:g} s "
+            f"{place} is {seconds:.1f} s long; send at most {max_audio_s:g} s "
             "(the server's max_audio_s)",
             param=place,
         )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from omnispeech.audio.formats import AudioFormat
+from omnispeech.audio.io import pcm16_from_samples, samples_from_pcm16
 from omnispeech.audio.resample import Resampler
 from omnispeech.engine.events import (
     INPUT_RATE_HZ,
@@ -15,8 +16,10 @@ from omnispeech.engine.events import (
     Text,
     ToolCall,
 )
-from omnispeech.server.realtime.heard import Heard
-from omnispeech.server.realtime.ids import new_id
+from omnispeech.server.realtime.items.spoken_text import SpokenText
+from omnispeech.server.realtime.protocol.ids import new_id
+
+BYTES_PER_SAMPLE = 2  # of sound that is kept
 
 Role = Literal["system", "user", "assistant"]
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -40,10 +43,23 @@ class Written:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spoken:
-    """A part of a user's message. transcript: for the client alone, the model hears the sound."""
+    """A part of a user's message, kept in half the room that its samples take.
 
-    samples: Samples  # [N] 16 kHz
+    transcript: for the client alone, the model hears the sound.
+    """
+
+    pcm: bytes  # 16-bit little endian, mono, 16 kHz
     transcript: str | None = None
+
+    @classmethod
+    def of(cls, samples: Samples, transcript: str | None = None) -> "Spoken":
+        """samples: [N] 16 kHz"""
+        return cls(pcm16_from_samples(samples), transcript)
+
+    @property
+    def samples(self) -> Samples:
+        """[N] 16 kHz, the same each time: what the model has read of it is found again."""
+        return samples_from_pcm16(self.pcm)
 
     def described(self) -> dict[str, Any]:
         return {"type": "input_audio", "transcript": self.transcript}
@@ -54,7 +70,7 @@ class Spoken:
 
     @property
     def seconds(self) -> float:
-        return len(self.samples) / INPUT_RATE_HZ
+        return len(self.pcm) / (BYTES_PER_SAMPLE * INPUT_RATE_HZ)
 
     def encoded(self, form: AudioFormat) -> str:
         """base64"""
@@ -127,7 +143,7 @@ class MessageItem(_Item):
 
 def user_sound(samples: Samples, item_id: str | None = None) -> MessageItem:
     """What was said. samples: [N] 16 kHz."""
-    return MessageItem(item_id or new_id("item"), "user", (Spoken(samples),))
+    return MessageItem(item_id or new_id("item"), "user", (Spoken.of(samples),))
 
 
 @dataclass(slots=True, eq=False)
@@ -137,17 +153,17 @@ class AssistantMessage(_Item):
     id: str
     speech: bool = True
     status: Status = "in_progress"
-    heard: Heard = field(default_factory=Heard)
+    spoken: SpokenText = field(default_factory=SpokenText)
     end_ms: int | None = None  # of the sound; None: it was not cut
 
     @property
     def text(self) -> str:
         """Of a reply that was cut, what was heard."""
-        return self.heard.text if self.end_ms is None else self.heard.text_until(self.end_ms)
+        return self.spoken.text if self.end_ms is None else self.spoken.text_until(self.end_ms)
 
     def cut(self, audio_end_ms: int) -> int:
         """Gives where it ends now: never later than it ended, never beyond its sound."""
-        last = round(self.heard.audio_ms) if self.end_ms is None else self.end_ms
+        last = round(self.spoken.audio_ms) if self.end_ms is None else self.end_ms
         self.end_ms = max(0, min(audio_end_ms, last))
         return self.end_ms
 
@@ -165,7 +181,7 @@ class AssistantMessage(_Item):
 
     @property
     def characters(self) -> int:
-        return len(self.heard.text)
+        return len(self.spoken.text)
 
 
 @dataclass(slots=True, eq=False)

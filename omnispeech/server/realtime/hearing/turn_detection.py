@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from omnispeech.audio.resample import Samples
 from omnispeech.audio.vad import WINDOW_MS, Probabilities
-from omnispeech.server.realtime.turn_settings import ServerVAD
+from omnispeech.server.realtime.settings.turn_settings import ServerVAD
 
 SHORTEST_SPEECH_MS = 64  # two windows
 HYSTERESIS = 0.15

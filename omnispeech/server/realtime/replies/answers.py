@@ -8,19 +8,20 @@ from contextlib import aclosing, nullcontext
 from omnispeech.engine.events import Event, TurnRequest
 from omnispeech.errors import GenerationError, OmniSpeechError, PromptTooLong
 from omnispeech.server.admission import Admission, Guess
-from omnispeech.server.realtime.begun_turn import BegunTurn
 from omnispeech.server.realtime.conversation import Conversation
-from omnispeech.server.realtime.item_kinds import Item
+from omnispeech.server.realtime.items.kinds import Item
 from omnispeech.server.realtime.outbox import REPLY_ROOM
-from omnispeech.server.realtime.refusals import (
+from omnispeech.server.realtime.protocol.refusals import (
     ProtocolError,
     cancel_not_active,
+    nothing_in_input,
     nothing_to_answer,
     response_active,
     response_not_found,
 )
-from omnispeech.server.realtime.response import Reason, Response
-from omnispeech.server.realtime.session_settings import ResponseSettings
+from omnispeech.server.realtime.replies.begun_turn import BegunTurn
+from omnispeech.server.realtime.replies.response import Reason, Response
+from omnispeech.server.realtime.settings.session_settings import ResponseSettings
 
 logger = logging.getLogger(__name__)
 
@@ -85,14 +86,23 @@ class Answers:
             events = self._engine.answer(self.request(settings, chosen))
             place = nullcontext() if settings.out_of_band else self._place
             begun = BegunTurn(self._fitting(events, settings, lambda: chosen is None), place)
-        response = Response(self._conversation, settings, self._engine.sample_rate_hz, self._sent)
-        response.begin()
+        response = self._begin(settings)
         self._turns[response] = begun
         if not settings.out_of_band:
             self._last = response
         task = asyncio.create_task(self._tell(response, begun))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def fail(self, settings: ResponseSettings, exc: OmniSpeechError) -> None:
+        """A reply that ends as it begins. Raises ProtocolError; then nothing was told."""
+        self.check_free(settings)
+        self._begin(settings).fail(exc)
+
+    def _begin(self, settings: ResponseSettings) -> Response:
+        response = Response(self._conversation, settings, self._engine.sample_rate_hz, self._sent)
+        response.begin()
+        return response
 
     def request(
         self,
@@ -103,7 +113,7 @@ class Answers:
         """also: what comes after the conversation. Raises ProtocolError if there is nothing."""
         messages = self._conversation.items.messages(settings.instructions, chosen, also)
         if not messages:
-            raise nothing_to_answer()
+            raise nothing_to_answer() if chosen is None else nothing_in_input()
         return TurnRequest(
             messages=messages,
             speech=settings.speech,

@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from omnispeech.server.realtime.client_events import shown
-from omnispeech.server.realtime.fields import (
+from omnispeech.server.realtime.protocol.client_events import shown
+from omnispeech.server.realtime.protocol.refusals import ProtocolError
+from omnispeech.server.realtime.settings.fields import (
     Read,
     Reader,
     checked,
@@ -16,7 +17,6 @@ from omnispeech.server.realtime.fields import (
     or_null,
     whole_number,
 )
-from omnispeech.server.realtime.refusals import ProtocolError
 
 # semantic_vad: there is no model of sentences here; the server waits as long as it would
 SILENCE_MS = {"low": 1200, "medium": 800, "auto": 800, "high": 500}

@@ -29,7 +29,7 @@ class _Delta:
     from_ms: float
 
 
-class Heard:
+class SpokenText:
     """The text of one reply beside the sound that the client was given."""
 
     def __init__(self) -> None:

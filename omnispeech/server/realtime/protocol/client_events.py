@@ -15,7 +15,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError, from_json
 
-from omnispeech.server.realtime.refusals import ProtocolError
+from omnispeech.server.realtime.protocol.refusals import ProtocolError
 
 MAX_ID_CHARACTERS = 512
 SHOWN_CHARACTERS = 40

@@ -109,6 +109,15 @@ def nothing_to_answer() -> ProtocolError:
     )
 
 
+def nothing_in_input() -> ProtocolError:
+    return ProtocolError(
+        "response.input is empty, and there are no instructions; send one of them, or leave input "
+        "out to answer the conversation",
+        code="conversation_empty",
+        param="response.input",
+    )
+
+
 def binary_frame() -> ProtocolError:
     return ProtocolError(
         "a frame is binary; send each event as JSON in a text frame", code="invalid_event"

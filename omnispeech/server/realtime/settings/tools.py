@@ -6,10 +6,11 @@ from typing import Any
 
 from omnispeech.engine.events import Tool
 from omnispeech.errors import RequestError
-from omnispeech.server.realtime.client_events import shown
-from omnispeech.server.realtime.field_values import UNSUPPORTED
-from omnispeech.server.realtime.fields import MAX_FIELD_BYTES, Read, Reader
-from omnispeech.server.realtime.refusals import ProtocolError
+from omnispeech.server.realtime.protocol.client_events import shown
+from omnispeech.server.realtime.protocol.refusals import ProtocolError
+from omnispeech.server.realtime.protocol.sizes import MAX_FIELD_BYTES
+from omnispeech.server.realtime.settings.field_values import UNSUPPORTED
+from omnispeech.server.realtime.settings.fields import Read, Reader
 
 MAX_TOOLS = 128
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")

@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator
 
 from omnispeech.audio.vad import SpeechDetector
 from omnispeech.engine.events import Samples
-from omnispeech.server.realtime.input_audio import InputAudio
-from omnispeech.server.realtime.refusals import buffer_empty
-from omnispeech.server.realtime.session_settings import SessionSettings
-from omnispeech.server.realtime.turn_detection import TurnDetector, TurnEvent
+from omnispeech.server.realtime.hearing.input_audio import InputAudio
+from omnispeech.server.realtime.hearing.turn_detection import TurnDetector, TurnEvent
+from omnispeech.server.realtime.protocol.refusals import buffer_empty
+from omnispeech.server.realtime.settings.session_settings import SessionSettings
 
 PIECE_S = 0.5  # that is listened to at a time
 SHORTEST_MS = 90  # of a commit: 100, of which the resampler may still hold some
@@ -76,18 +76,13 @@ class Hearing:
     def take(self, from_ms: int, to_ms: int) -> Samples:
         return self._audio.take(from_ms, to_ms)
 
-    def commit(self) -> Samples:
-        """[N]: all that is held. Raises ProtocolError if that is nearly nothing."""
+    def held(self) -> Samples:
+        """[N]: all that a commit takes. Raises ProtocolError if that is nearly nothing."""
         if self._audio.held_ms < SHORTEST_MS:
             raise buffer_empty(self._audio.held_ms)
-        samples = self._audio.commit()
-        self._begin_anew()
-        return samples
+        return self._audio.held()
 
     def clear(self) -> None:
         self._audio.clear()
-        self._begin_anew()
-
-    def _begin_anew(self) -> None:
         if self._detector:
             self._detector.reset(self._audio.clock_ms)

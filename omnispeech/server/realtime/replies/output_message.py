@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from omnispeech.engine.events import AudioDelta, TextDelta
-from omnispeech.server.realtime.heard import Heard
-from omnispeech.server.realtime.item_kinds import AssistantMessage
+from omnispeech.server.realtime.items.kinds import AssistantMessage
+from omnispeech.server.realtime.items.spoken_text import SpokenText
 from omnispeech.server.realtime.outbox import Outbox
-from omnispeech.server.realtime.output_audio import OutputAudio
-from omnispeech.server.realtime.session_settings import ResponseSettings
+from omnispeech.server.realtime.replies.output_audio import OutputAudio
+from omnispeech.server.realtime.settings.session_settings import ResponseSettings
 
 
 class OutputMessage:
@@ -51,7 +51,7 @@ class OutputMessage:
         self._outbox.put({"type": "response.content_part.added", **self._place, "part": part})
 
     def write(self, delta: TextDelta) -> None:
-        self.item.heard.add_text(delta.text, delta.from_s)
+        self.item.spoken.add_text(delta.text, delta.from_s)
 
         def sent() -> None:
             self._unsent -= 1
@@ -70,11 +70,11 @@ class OutputMessage:
         if self._spoken:
             for piece in self._audio.finish():
                 self._send(piece)
-        self.item.heard.finish()
+        self.item.spoken.finish()
 
     def _send(self, piece: bytes) -> None:
         ms = self._format.milliseconds(len(piece))
-        self.item.heard.add_audio(ms)
+        self.item.spoken.add_audio(ms)
         self._given_ms += ms
 
         def sent() -> None:
@@ -91,8 +91,8 @@ class OutputMessage:
         self._unsent = 0
         self._given_ms = self.sent_ms
         if not self._spoken:
-            self.item.heard = Heard()
-            self.item.heard.add_text(self._sent_text, 0.0)
+            self.item.spoken = SpokenText()
+            self.item.spoken.add_text(self._sent_text, 0.0)
 
     def cut(self) -> None:
         """It was broken off: what could not be heard does not count as said."""

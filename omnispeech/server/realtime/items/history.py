@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from omnispeech.engine.events import Message, Text
-from omnispeech.server.realtime.item_kinds import (
+from omnispeech.server.realtime.items.kinds import (
     FunctionCall,
     FunctionOutput,
     Item,

@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from omnispeech.audio.formats import PCM_24K, PCMA, PCMU, AudioFormat
 from omnispeech.errors import RequestError
-from omnispeech.server.realtime.fields import (
+from omnispeech.server.realtime.protocol.refusals import ProtocolError
+from omnispeech.server.realtime.settings.fields import (
     Check,
     Read,
     Reader,
@@ -18,7 +19,6 @@ from omnispeech.server.realtime.fields import (
     text,
     unsupported,
 )
-from omnispeech.server.realtime.refusals import ProtocolError
 from omnispeech.server.voices import voice_problem
 
 MAX_TOKENS = 4096
@@ -38,6 +38,8 @@ UNSUPPORTED = {
 }
 OLD_FORMATS = {"pcm16": PCM_24K, "g711_ulaw": PCMU, "g711_alaw": PCMA}  # of the beta
 
+USUALLY_KEPT = 0.8  # by truncation "auto"
+
 Modality = Literal["audio", "text"]
 
 
@@ -46,7 +48,13 @@ class Truncation:
     """What leaves a conversation that is longer than the context; "disabled": it is refused."""
 
     kind: Literal["auto", "disabled", "retention_ratio"] = "auto"
-    ratio: float = 1.0  # of the room, that is kept
+    ratio: float = 1.0  # of a retention_ratio
+
+    @property
+    def kept(self) -> float:
+        """Share of the room that is filled again when something has to go: where it is all, each
+        turn to come drops one more, and nothing that was read can be used again."""
+        return self.ratio if self.kind == "retention_ratio" else USUALLY_KEPT
 
     def described(self) -> Any:
         if self.kind != "retention_ratio":

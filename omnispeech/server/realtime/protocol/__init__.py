@@ -1,0 +1,1 @@
+"""What goes over the socket: events of clients, refusals, ids, sizes."""

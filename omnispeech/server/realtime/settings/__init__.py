@@ -1,0 +1,1 @@
+"""What a client may set, of a session and of one response."""
