@@ -144,7 +144,10 @@ def test_a_collector_without_the_packages_says_what_to_install(
 ) -> None:
     monkeypatch.delitem(sys.modules, "omnispeech.server.exported_traces")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(ConfigError, match=r"run: pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"):
+    with pytest.raises(
+        ConfigError,
+        match="run: pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http",
+    ):
         tracing_of(COLLECTOR, "tiny")
 
 
