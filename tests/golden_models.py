@@ -1,5 +1,8 @@
 """The golden checkpoints as one small model that hears and speaks."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +19,7 @@ from omnispeech.engine.conversations import Conversations
 from omnispeech.engine.events import Audio, AudioDelta, Event, Message, Text, TurnRequest
 from omnispeech.engine.runner import Models
 from omnispeech.engine.session import Session
+from omnispeech.engine.worker import Worker
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -37,6 +41,21 @@ def conversations(decoder: DecoderConfig | None = None, **changes: Any) -> Conve
     others = {k: v for k, v in changes.items() if k not in settings}
     models = replace(models, language=replace(models.language, **others))
     return Conversations(models, config, decoder or DecoderConfig(euler_steps=2, first_block=10))
+
+
+@contextmanager
+def golden_worker(**settings: Any) -> Iterator[Worker]:
+    """Ready, with two rows and cheap sound; `settings` of the engine."""
+    engine = EngineConfig(max_conversations=2, **settings)
+    worker = Worker(golden_models, engine, DecoderConfig(euler_steps=1, first_block=10))
+    worker.start()
+    try:
+        while not worker.status().ready:
+            assert worker.status().failure is None
+            time.sleep(0.01)
+        yield worker
+    finally:
+        worker.close()
 
 
 def question(text: str = "How are you?", seconds: float = 1.0, **settings: Any) -> TurnRequest:

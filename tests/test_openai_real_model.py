@@ -2,7 +2,6 @@
 
 import base64
 import io
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,11 +9,10 @@ import openai
 import pytest
 import soundfile
 from fake_engine import serving, sound_file, tone
-from golden_models import golden_models
+from golden_models import golden_worker
 from openai_client import MODEL, check_type
 
-from omnispeech.config import DecoderConfig, EngineConfig, TalkConfig
-from omnispeech.engine.worker import Worker
+from omnispeech.config import TalkConfig
 
 SOUND = base64.b64encode(sound_file(tone(1.0))).decode()
 PART = {"type": "input_audio", "input_audio": {"data": SOUND, "format": "wav"}}
@@ -26,18 +24,12 @@ SPOKEN: Any = {"modalities": ["text", "audio"], "audio": {"voice": "alloy", "for
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[openai.OpenAI]:
-    settings = EngineConfig(kv_tokens=8192, context_length=4096, max_conversations=2)
-    worker = Worker(golden_models, settings, DecoderConfig(euler_steps=1, first_block=10))
-    worker.start()
-    while not worker.status().ready:
-        assert worker.status().failure is None
-        time.sleep(0.01)
     with (
+        golden_worker(kv_tokens=8192, context_length=4096) as worker,
         serving(worker, talk=TalkConfig(transcription="model")) as url,
         openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
     ):
         yield client
-    worker.close()
 
 
 def test_the_same_question_has_the_same_answer_whole_and_streamed(client: openai.OpenAI) -> None:

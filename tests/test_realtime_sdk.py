@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from pydantic import TypeAdapter
 from realtime_order import check_order
 
 from omnispeech.audio.resample import Resampler
-from omnispeech.config import DecoderConfig, EngineConfig, TalkConfig
+from omnispeech.config import TalkConfig
 from omnispeech.engine.events import Audio, AudioDelta, SpeechEngine, TextDelta, ToolCall
 from omnispeech.errors import GenerationError, Overloaded
 
@@ -526,19 +526,12 @@ async def test_the_model_calls_a_function() -> None:
 
 
 @pytest.fixture
-async def worker() -> AsyncIterator[SpeechEngine]:
+def worker() -> Iterator[SpeechEngine]:
     """A small real model."""
-    from golden_models import golden_models
+    from golden_models import golden_worker
 
-    from omnispeech.engine.worker import Worker
-
-    engine = EngineConfig(kv_tokens=4096, context_length=300, max_conversations=2)
-    one = Worker(golden_models, engine, DecoderConfig(euler_steps=1, first_block=10))
-    one.start()
-    while not one.status().ready:
-        await asyncio.sleep(0.01)
-    yield one
-    one.close()
+    with golden_worker(kv_tokens=4096, context_length=300) as one:
+        yield one
 
 
 async def test_a_real_worker_talks_and_remembers(worker: SpeechEngine) -> None:

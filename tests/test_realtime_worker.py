@@ -1,15 +1,15 @@
 """Live conversations on a small real model."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from golden_models import golden_models
+from golden_models import golden_worker
 from realtime_client import MANUAL, Loudness, RealtimeClient, connected, noise, serving, silence
 
-from omnispeech.config import DecoderConfig, EngineConfig, TalkConfig
+from omnispeech.config import TalkConfig
 from omnispeech.engine.worker import Worker
 
 LONG = {"max_output_tokens": 200}
@@ -21,14 +21,9 @@ def loudness(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-async def worker() -> AsyncIterator[Worker]:
-    engine = EngineConfig(kv_tokens=4096, context_length=1000, max_conversations=2)
-    one = Worker(golden_models, engine, DecoderConfig(euler_steps=1, first_block=10))
-    one.start()
-    while not one.status().ready:
-        await asyncio.sleep(0.01)
-    yield one
-    one.close()
+def worker() -> Iterator[Worker]:
+    with golden_worker(kv_tokens=4096, context_length=1000) as one:
+        yield one
 
 
 async def free(worker: Any, within_s: float = 1.0) -> float:

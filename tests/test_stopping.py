@@ -303,40 +303,37 @@ def process(*command: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
             one.kill()
 
 
-def test_sigterm_finishes_the_replies_and_exits_with_zero() -> None:
+@contextmanager
+def stopped_in_a_reply(
+    reply_s: str, drain_s: str
+) -> Iterator[tuple[subprocess.Popen[str], str, Iterator[bytes]]]:
+    """A server that was sent SIGTERM behind the first piece of a reply, its address, the rest."""
     with (
-        process(SERVER, "1", "30") as (server, url),
+        process(SERVER, reply_s, drain_s) as (server, url),
         httpx.stream("POST", url + PATH, json=HELLO, timeout=20) as response,
     ):
-        pieces = response.iter_raw()
-        next(pieces)
+        rest = response.iter_raw()
+        next(rest)
         server.send_signal(signal.SIGTERM)
+        yield server, url, rest
+
+
+def test_sigterm_finishes_the_replies_and_exits_with_zero() -> None:
+    with stopped_in_a_reply("1", "30") as (server, _, pieces):
         assert b'"finalize": true' in b"".join(pieces)
         assert server.wait(10) == 0
         assert server.stdout is not None and server.stdout.read().endswith("cleaned up\n")
 
 
 def test_a_second_sigterm_does_not_wait_for_replies() -> None:
-    with (
-        process(SERVER, "600", "30") as (server, url),
-        httpx.stream("POST", url + PATH, json=HELLO, timeout=20) as response,
-    ):
-        pieces = response.iter_raw()
-        next(pieces)
-        server.send_signal(signal.SIGTERM)
+    with stopped_in_a_reply("600", "30") as (server, url, _):
         until(lambda: httpx.get(f"{url}/ready").status_code == 503)
         server.send_signal(signal.SIGTERM)
         assert server.wait(10) == 0
 
 
 def test_sigterm_tells_the_callers_of_replies_that_it_cuts() -> None:
-    with (
-        process(SERVER, "600", "0.5") as (server, url),
-        httpx.stream("POST", url + PATH, json=HELLO, timeout=20) as response,
-    ):
-        pieces = response.iter_raw()
-        next(pieces)
-        server.send_signal(signal.SIGTERM)
+    with stopped_in_a_reply("600", "0.5") as (server, _, pieces):
         assert b'"error_code": 1' in b"".join(pieces)
         assert server.wait(10) == 0
 

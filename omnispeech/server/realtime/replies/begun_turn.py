@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from omnispeech.engine.events import Event
 from omnispeech.server.admission import Guess
 
-Outcome = Event | Exception | None  # None: there is no more
+Queued = Event | Exception | None  # None: there is no more
 
 
 class BegunTurn:
@@ -18,8 +18,8 @@ class BegunTurn:
         self, events: AsyncGenerator[Event, None], place: AbstractAsyncContextManager[object]
     ) -> None:
         """place: held while the engine works."""
-        self._waiting: asyncio.Queue[Outcome] = asyncio.Queue()
-        self._first: Outcome = None
+        self._waiting: asyncio.Queue[Queued] = asyncio.Queue()
+        self._first: Queued = None
         self._task = asyncio.create_task(self._run(events, place))
 
     async def _run(
@@ -34,9 +34,9 @@ class BegunTurn:
         finally:
             self._put(None)
 
-    def _put(self, outcome: Outcome) -> None:
-        self._first = self._first or outcome
-        self._waiting.put_nowait(outcome)
+    def _put(self, queued: Queued) -> None:
+        self._first = self._first or queued
+        self._waiting.put_nowait(queued)
 
     @property
     def refused(self) -> bool:
@@ -44,10 +44,10 @@ class BegunTurn:
         return isinstance(self._first, Exception)
 
     async def __aiter__(self) -> AsyncIterator[Event]:
-        while (outcome := await self._waiting.get()) is not None:
-            if isinstance(outcome, Exception):
-                raise outcome
-            yield outcome
+        while (queued := await self._waiting.get()) is not None:
+            if isinstance(queued, Exception):
+                raise queued
+            yield queued
 
     def cancel(self) -> None:
         """Nothing more is made; who is listening hears the end."""
