@@ -8,8 +8,8 @@ from torch import Tensor
 
 from omnispeech.checkpoint.decoder_config import read_config
 from omnispeech.checkpoint.files import build_on_meta
-from omnispeech.models.flow import Flow
-from omnispeech.models.hift import HiFT
+from omnispeech.models.flow import Flow, FlowConfig
+from omnispeech.models.hift import HiFT, HiFTConfig
 from omnispeech.tiny.weights import random_weights
 
 
@@ -29,6 +29,7 @@ class DecoderShape:
     unet_middle: int = 2  # 12
     vocoder_width: int = 32  # 512
     pitch_width: int = 24  # 512
+    guidance: float = 0.7
 
 
 CONFIG = """\
@@ -108,7 +109,7 @@ flow: !new:cosyvoice.flow.flow.MaskedDiffWithXvec
                 solver: 'euler'
                 t_scheduler: 'cosine'
                 training_cfg_rate: 0.2
-                inference_cfg_rate: 0.7
+                inference_cfg_rate: {guidance}
                 reg_loss_type: 'l1'
         estimator: !new:cosyvoice.flow.decoder.ConditionalDecoder
             in_channels: 320
@@ -149,13 +150,25 @@ hift: !new:cosyvoice.hifigan.generator.HiFTGenerator
 
 def write_decoder(directory: Path, seed: int, shape: DecoderShape, units: int) -> None:
     """`config.yaml`, `flow.pt` and `hift.pt`; the files as published hold float32."""
-    config = directory / "config.yaml"
-    config.write_text(CONFIG.format(units=units, **asdict(shape)), encoding="utf-8")
-    flow_config, hift_config = read_config(config)
+    flow_config, hift_config = write_decoder_config(directory, shape, units)
     flow = random_weights(build_on_meta(lambda: Flow(flow_config)), seed, torch.float32)
     hift = random_weights(build_on_meta(lambda: HiFT(hift_config)), seed, torch.float32)
     _make_mels(flow)
     _make_sound(hift)
+    write_decoder_weights(directory, flow, hift)
+
+
+def write_decoder_config(
+    directory: Path, shape: DecoderShape, units: int
+) -> tuple[FlowConfig, HiFTConfig]:
+    config = directory / "config.yaml"
+    config.write_text(CONFIG.format(units=units, **asdict(shape)), encoding="utf-8")
+    return read_config(config)
+
+
+def write_decoder_weights(
+    directory: Path, flow: dict[str, Tensor], hift: dict[str, Tensor]
+) -> None:
     torch.save(flow, directory / "flow.pt")
     torch.save(with_weight_norm(hift), directory / "hift.pt")
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,27 @@ UNLIKELY = -12.0  # logit that is never sampled
 
 
 def write_opens2s(directory: Path, seed: int, shape: TinyShape) -> None:
-    words = train_words(shape.merges)
+    written = write_settings(directory, shape, train_words(shape.merges))
+    model = build_on_meta(lambda: OmniSpeech(OmniSpeechConfig.from_dict(written.config)))
+    weights = random_weights(model, seed, torch.bfloat16)
+    text_wishes = _text_wishes(written.text, shape.text_length)
+    _steer(weights, "llm_model.", shape.llm.layers, text_wishes)
+    _steer(weights, "tts_lm_model.", shape.speech.layers, _speech_wishes(written.speech, shape))
+    _steer_bridge(weights)
+    write_shards(directory, weights, shape.shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What of a checkpoint is not weights, as it was written."""
+
+    config: dict[str, Any]
+    text: Tokenizer
+    speech: Tokenizer
+
+
+def write_settings(directory: Path, shape: TinyShape, words: Tokenizer) -> Settings:
+    """Every file but the weights; `words` has no added tokens yet."""
     control = (AUDIO_START, AUDIO_END, SPEECH_START, SPEECH_END)
     text = write_tokenizer(directory, words, control, control)
     units = [f"<|audio_{unit}|>" for unit in range(shape.units)]
@@ -41,33 +62,29 @@ def write_opens2s(directory: Path, seed: int, shape: TinyShape) -> None:
         directory / "tts" / "generation_config.json",
         _generation(speech) | {"max_new_tokens": shape.unit_limit},
     )
-    (directory / "audio").mkdir()
-    write_json(directory / "audio" / "preprocessor_config.json", PREPROCESSOR)
+    (directory / "audio").mkdir(exist_ok=True)
+    write_json(directory / "audio" / "preprocessor_config.json", _preprocessor(shape.segment_s))
     config = _config(shape, text, speech)
     write_json(directory / "config.json", config)
-    model = build_on_meta(lambda: OmniSpeech(OmniSpeechConfig.from_dict(config)))
-    weights = random_weights(model, seed, torch.bfloat16)
-    _steer(weights, "llm_model.", shape.llm.layers, _text_wishes(text, shape.text_length))
-    _steer(weights, "tts_lm_model.", shape.speech.layers, _speech_wishes(speech, shape))
-    _steer_bridge(weights)
-    _write_shards(directory, weights, shape.shards)
+    return Settings(config, text, speech)
 
 
-PREPROCESSOR = {
-    "chunk_length": 30,
-    "dither": 0.0,
-    "feature_extractor_type": "WhisperFeatureExtractor",
-    "feature_size": 128,
-    "hop_length": 160,
-    "n_fft": 400,
-    "n_samples": 480000,
-    "nb_max_frames": 3000,
-    "padding_side": "right",
-    "padding_value": 0.0,
-    "processor_class": "Qwen2AudioProcessor",
-    "return_attention_mask": True,
-    "sampling_rate": 16000,
-}
+def _preprocessor(segment_s: int) -> dict[str, Any]:
+    return {
+        "chunk_length": segment_s,
+        "dither": 0.0,
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "feature_size": 128,
+        "hop_length": 160,
+        "n_fft": 400,
+        "n_samples": 16000 * segment_s,
+        "nb_max_frames": 100 * segment_s,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "processor_class": "Qwen2AudioProcessor",
+        "return_attention_mask": True,
+        "sampling_rate": 16000,
+    }
 
 
 def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -99,7 +116,7 @@ def _config(shape: TinyShape, text: Tokenizer, speech: Tokenizer) -> dict[str, A
             "encoder_ffn_dim": shape.encoder_inner,
             "encoder_layerdrop": 0.0,
             "encoder_layers": shape.encoder_layers,
-            "max_source_positions": 1500,
+            "max_source_positions": 50 * shape.segment_s,
             "model_type": "qwen2_audio_encoder",
             "num_hidden_layers": shape.encoder_layers,
             "num_mel_bins": 128,
@@ -189,7 +206,8 @@ def _steer_bridge(weights: dict[str, Tensor]) -> None:
         weights[f"{name}.bias"][0] = STEADY
 
 
-def _write_shards(directory: Path, weights: dict[str, Tensor], count: int) -> None:
+def write_shards(directory: Path, weights: dict[str, Tensor], count: int) -> None:
+    """The weights in files of about one size, and the index of them."""
     total = sum(tensor.nbytes for tensor in weights.values())
     shards = [shard for shard in _shards(weights, total / count) if shard]
     places: dict[str, str] = {}

@@ -28,6 +28,7 @@ class TinyShape:
     encoder_inner: int = 128
     encoder_layers: int = 2
     encoder_heads: int = 4
+    segment_s: int = 30  # of sound that the encoder takes at a time
     adapter_inner: int = 32
     llm: LanguageShape = LanguageShape(hidden=128, inner=256, head_width=32)
     speech: LanguageShape = LanguageShape(hidden=128, inner=128, heads=8, head_width=32)

@@ -133,7 +133,7 @@ Good night! Sleep well, and call me whenever you need anything.
 """
 
 
-def train_words(merges: int) -> Tokenizer:
+def train_words(merges: int, text: str = TRAINING_TEXT) -> Tokenizer:
     """Without added tokens; fewer merges if the text holds no more."""
     tokenizer = Tokenizer(BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -150,7 +150,7 @@ def train_words(merges: int) -> Tokenizer:
     trainer = BpeTrainer(
         vocab_size=len(alphabet) + merges, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([TRAINING_TEXT], trainer)
+    tokenizer.train_from_iterator([text], trainer)
     return tokenizer
 
 

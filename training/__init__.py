@@ -1,0 +1,1 @@
+"""Trains the small model that speaks. Nothing that serves imports this."""

@@ -1,0 +1,131 @@
+"""One loop for every network here: AdamW, a moving average, continued after a kill."""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+Figures = dict[str, float]
+Loss = Callable[[random.Random, float], tuple[Tensor, Figures]]  # rng, part of the steps done
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    steps: int
+    rate: float  # of learning, at its highest
+    betas: tuple[float, float] = (0.9, 0.98)
+    warm_up: int = 100  # steps
+    average: float = 0.995  # weight of the past in what is kept
+    decay_from: float = 0.4  # part of the steps after which the rate falls
+    lowest: float = 0.03  # of the highest rate
+    norm: float = 1.0  # gradients are clipped to
+    seed: int = 1
+
+    def rate_at(self, step: int) -> float:
+        rising = min(1.0, (step + 1) / self.warm_up)
+        done = step / self.steps
+        falling = 1 - max(0.0, (done - self.decay_from) / (1 - self.decay_from))
+        return self.rate * rising * max(self.lowest, falling)
+
+
+def fit(name: str, module: nn.Module, plan: Plan, loss: Loss, work: Path) -> dict[str, Tensor]:
+    """-> the averaged weights, also left in `module` and in `work/name.pt`."""
+    done = work / f"{name}.pt"
+    if not done.exists():
+        Fitting(name, module, plan, loss, work).run()
+    weights = torch.load(done, weights_only=True)
+    module.load_state_dict(weights)
+    module.eval()
+    return weights
+
+
+def load(work: Path, name: str) -> dict[str, Tensor]:
+    """The finished weights, or the average so far."""
+    done = work / f"{name}.pt"
+    return torch.load(done if done.exists() else work / f"{name}.average", weights_only=True)
+
+
+class Fitting:
+    SAVE_S = 120.0
+    TELL = 50  # steps
+
+    def __init__(self, name: str, module: nn.Module, plan: Plan, loss: Loss, work: Path) -> None:
+        self.name, self.module, self.plan, self.loss, self.work = name, module, plan, loss, work
+        groups = [
+            {"params": [p for p in module.parameters() if p.dim() > 1], "weight_decay": 0.01},
+            {"params": [p for p in module.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=plan.rate, betas=plan.betas)
+        self.average = {n: t.detach().clone() for n, t in module.state_dict().items()}
+        self.step = 0
+        self.state = work / f"{name}.state"
+
+    def run(self) -> None:
+        if self.state.exists():
+            self._resume()
+        self.module.train()
+        sums: Figures = {}
+        began = saved = time.monotonic()
+        while self.step < self.plan.steps:
+            figures = self._one()
+            for key, value in figures.items():
+                sums[key] = sums.get(key, 0.0) + value / self.TELL
+            if self.step % self.TELL == 0:
+                pace = self.TELL / (time.monotonic() - began)
+                told = "  ".join(f"{key} {value:.4f}" for key, value in sums.items())
+                logger.info(
+                    "%s %d/%d  %s  %.2f steps/s", self.name, self.step, self.plan.steps, told, pace
+                )
+                sums, began = {}, time.monotonic()
+            if time.monotonic() - saved > self.SAVE_S:
+                self._save()
+                saved = time.monotonic()
+        self._write(self.work / f"{self.name}.pt", self.average)
+        self.state.unlink(missing_ok=True)
+
+    def _one(self) -> Mapping[str, float]:
+        """The random numbers of a step depend on its number alone."""
+        rng = random.Random(f"{self.name} {self.plan.seed} {self.step}")
+        torch.manual_seed(rng.getrandbits(60))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.rate_at(self.step)
+        loss, figures = self.loss(rng, self.step / self.plan.steps)
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(self.module.parameters(), self.plan.norm)
+        self.optimizer.step()
+        self.step += 1
+        past = min(self.plan.average, self.step / (self.step + 10))
+        for name, value in self.module.state_dict().items():
+            self.average[name].lerp_(value.detach(), 1 - past)
+        return figures
+
+    def _save(self) -> None:
+        optimizer = self.optimizer.state_dict()
+        state = {
+            "module": self.module.state_dict(),
+            "optimizer": optimizer,
+            "average": self.average,
+            "step": self.step,
+        }
+        self._write(self.state, state)
+        self._write(self.work / f"{self.name}.average", self.average)
+
+    def _write(self, path: Path, value: object) -> None:
+        partial = path.with_suffix(".partial")
+        torch.save(value, partial)
+        partial.replace(path)
+
+    def _resume(self) -> None:
+        state = torch.load(self.state, weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average, self.step = state["average"], state["step"]
+        logger.info("%s goes on at step %d", self.name, self.step)
