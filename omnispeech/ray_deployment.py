@@ -37,6 +37,7 @@ from omnispeech.service import Settings, build_worker, choose_target, find_sourc
 try:
     import ray
     from ray import serve
+    from ray.serve.exceptions import DeploymentUnavailableError
 except ImportError as exc:
     raise ConfigError(
         "Ray Serve is not installed, and more than one replica needs it; "
@@ -96,8 +97,25 @@ class Replica:
         return Answer(self._name, reply.status_code, reply.content, media_type)
 
     async def _ask_all(self, path: str, headers: dict[str, str]) -> Sequence[Answer]:
-        answers = self._handle.broadcast("get", path, headers)
-        told = await answers.results_async(timeout_s=ASK_S, return_exceptions=True)
+        """None if one was too slow: figures without its own would look like less work done."""
+        try:
+            answers = await self._ask_listed(path, headers)
+        except TimeoutError:
+            return []
+        if all(answer.replica != self._name for answer in answers):
+            answers.append(await self.get(path, headers))
+        return answers
+
+    async def _ask_listed(self, path: str, headers: dict[str, str]) -> list[Answer]:
+        """Ray lists the replicas that get requests: this one no more as soon as it is to leave.
+
+        When it leaves before the next is up, nobody is listed, which Ray calls a failed deployment.
+        """
+        try:
+            answers = self._handle.broadcast("get", path, headers)
+            told = await answers.results_async(timeout_s=ASK_S, return_exceptions=True)
+        except DeploymentUnavailableError:
+            return []
         return [answer for answer in told if isinstance(answer, Answer)]
 
     def _leave(self) -> None:

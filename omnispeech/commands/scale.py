@@ -13,6 +13,8 @@ from omnispeech.service import settings_of
 
 logger = logging.getLogger(__name__)
 
+PROXY_START_S = "30"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     serve.add_arguments(parser)
@@ -39,6 +41,8 @@ def scale(args: argparse.Namespace) -> int:
 def prepare_environment(ray_address: str) -> None:
     """What Ray reads when it is imported, and hands on to every process that it starts."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    # a busy machine takes longer than Ray's 5 s to start a proxy, which would end everything
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", PROXY_START_S)
     if ray_address == "local":
         # Ray's words for "on loopback alone", whatever the system
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"

@@ -31,7 +31,7 @@ class Answer:
     media_type: str
 
 
-# path and headers of the question
+# path and headers of the question; nothing is answered if a replica is too slow
 AskAll = Callable[[str, dict[str, str]], Awaitable[Sequence[Answer]]]
 
 
@@ -96,7 +96,7 @@ def credentials(scope: Scope) -> dict[str, str]:
 
 def gathered(path: str, answers: Sequence[Answer]) -> Response:
     if not answers:
-        return refusal(NotReady("no replica answered in time; try again later"))
+        return refusal(NotReady("a replica did not answer in time; try again later"))
     whole = [answer for answer in answers if answer.status == HTTPStatus.OK]
     return figures(whole) if path == METRICS and whole else best(answers)
 
