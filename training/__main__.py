@@ -1,6 +1,7 @@
 """Trains the small model: `python -m training DIR`, continued where it was stopped."""
 
 import argparse
+import fcntl
 import logging
 import subprocess
 import sys
@@ -24,14 +25,31 @@ def main() -> None:
     parser.add_argument("--only", choices=STAGES, help="one stage; what it needs must be there")
     parser.add_argument("--threads", type=int, default=2, help="processor cores to use, 2 or more")
     given = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    tell(given.only)
     torch.set_num_threads(given.threads)
     given.work.mkdir(parents=True, exist_ok=True)
     if given.only:
-        STAGES[given.only](given.work)
+        make(given.work, given.only)
     else:
         train(given.work, given.threads)
+
+
+def tell(stage: str | None) -> None:
+    """Progress goes to the standard output, each line with the stage it is of."""
+    number = f"stage {[*STAGES].index(stage) + 1} of {len(STAGES)}, " if stage else ""
+    form = f"%(asctime)s {number}%(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S", stream=sys.stdout)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def make(work: Path, stage: str) -> None:
+    with (work / f"{stage}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"{work}: another process is at the stage {stage}; wait for it, or end it")
+        logging.info("%s begins", stage)
+        STAGES[stage](work)
 
 
 def train(work: Path, threads: int) -> None:
@@ -47,7 +65,6 @@ def train(work: Path, threads: int) -> None:
 
 def follow(work: Path, stages: Sequence[str], threads: int) -> None:
     for stage in stages:
-        logging.info("stage %s", stage)
         flags = ["--only", stage, "--threads", str(threads)]
         if code := subprocess.call([sys.executable, "-m", "training", str(work), *flags]):
             raise SystemExit(code)

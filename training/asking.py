@@ -36,9 +36,9 @@ class Reply:
     total_s: float  # until the last of it had come
 
     @property
-    def real_time(self) -> float:
-        """0.5: made twice as fast as it is heard; infinite for a reply without sound."""
-        return self.total_s * self.rate_hz / len(self.samples) if len(self.samples) else np.inf
+    def real_time(self) -> float | None:
+        """0.5: made twice as fast as it is heard. None for a reply without sound."""
+        return self.total_s * self.rate_hz / len(self.samples) if len(self.samples) else None
 
 
 @contextlib.contextmanager

@@ -52,6 +52,17 @@ def load(work: Path, name: str) -> dict[str, Tensor]:
     return torch.load(done if done.exists() else work / f"{name}.average", weights_only=True)
 
 
+class Clock:
+    """Tells how much is done and how long the rest will take."""
+
+    def __init__(self, done: int, of: int) -> None:
+        self.first, self.of, self.began = done, of, time.monotonic()
+
+    def told(self, done: int) -> str:
+        pace_s = (time.monotonic() - self.began) / (done - self.first)
+        return f"{done} of {self.of}, {pace_s * (self.of - done) / 60:.0f} min left"
+
+
 class Fitting:
     SAVE_S = 120.0
     TELL = 50  # steps
@@ -72,18 +83,15 @@ class Fitting:
             self._resume()
         self.module.train()
         sums: Figures = {}
-        began = saved = time.monotonic()
+        clock, saved = Clock(self.step, self.plan.steps), time.monotonic()
         while self.step < self.plan.steps:
             figures = self._one()
             for key, value in figures.items():
                 sums[key] = sums.get(key, 0.0) + value / self.TELL
             if self.step % self.TELL == 0:
-                pace = self.TELL / (time.monotonic() - began)
                 told = "  ".join(f"{key} {value:.4f}" for key, value in sums.items())
-                logger.info(
-                    "%s %d/%d  %s  %.2f steps/s", self.name, self.step, self.plan.steps, told, pace
-                )
-                sums, began = {}, time.monotonic()
+                logger.info("%s: step %s  %s", self.name, clock.told(self.step), told)
+                sums = {}
             if time.monotonic() - saved > self.SAVE_S:
                 self._save()
                 saved = time.monotonic()

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from omnispeech.audio.features import MelConfig, log_mel
 from omnispeech.models.adapter import Adapter
 from omnispeech.models.omnispeech import OmniSpeechConfig
-from omnispeech.models.whisper import EncoderConfig, WhisperEncoder
+from omnispeech.models.whisper import ENCODERS, EncoderConfig, WhisperEncoder
 from training.batched import hear, stacked
 from training.domain import every_word
 from training.fitting import Figures, Plan, fit
@@ -74,7 +74,7 @@ class Ear(nn.Module):
         torch.manual_seed(13)
         encoder = config.audio_encoder
         assert isinstance(encoder, EncoderConfig)
-        self.audio_encoder_model = WhisperEncoder(encoder)
+        self.audio_encoder_model = ENCODERS[encoder.model_type](encoder)
         self.audio_adapter = Adapter(config.adapter)
         nn.init.normal_(self.audio_encoder_model.embed_positions.weight, std=0.02)
         standardise(self.audio_encoder_model)

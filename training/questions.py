@@ -1,4 +1,4 @@
-"""What is asked for the report: by voices that are held out, each question with its right answer."""
+"""What is asked for the report, in voices that are held out, and what is right."""
 
 import base64
 import random
@@ -11,7 +11,7 @@ import numpy as np
 
 from omnispeech.audio.io import encode_wav
 from training.asking import Reply, chat, read_aloud, speak_to
-from training.domain import DO_NOT_KNOW, QUESTIONS, SPOKEN, Domain, Turn, sentence
+from training.domain import DO_NOT_KNOW, QUESTIONS, SPOKEN, Turn, sentence
 from training.recordings import HEARD_HZ, Clip, Recordings
 
 SILENCE_S = 0.2  # around a question

@@ -14,6 +14,7 @@ import soxr
 from numpy.typing import NDArray
 
 from training.domain import Dialogue, Domain, Turn, listed
+from training.fitting import Clock
 from training.voices import FLITE, RATE_HZ, Voice, speak
 
 logger = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def record(work: Path, name: str, count: int, voices: Voices) -> Recordings:
 
 
 def _record(work: Path, name: str, count: int, voices: Voices) -> None:
-    stored, start = [], 0
+    stored, start, clock = [], 0, Clock(0, count)
     with (work / f"{name}.pcm").open("wb") as file, ThreadPoolExecutor(2) as pool:
         drawn = _draw(name, count, voices)
         while tasks := list(islice(drawn, AT_ONCE)):
@@ -105,7 +106,7 @@ def _record(work: Path, name: str, count: int, voices: Voices) -> None:
                     entry.append(((turn.question, turn.answer), clip))
                     start += len(samples)
                 stored.append(entry)
-            logger.info("%s: %d of %d dialogues recorded", name, len(stored), count)
+            logger.info("%s: dialogue %s", name, clock.told(len(stored)))
     (work / f"{name}.json").write_text(json.dumps(stored))
 
 

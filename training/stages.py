@@ -11,15 +11,19 @@ from training.shape import write_decoder_settings, write_opens2s_settings
 
 SENTENCES = 500  # answers the decoder is trained on
 RECORDED = {"trained": 24_000, "judged": 1_000, "strangers": 300}  # dialogues
-STEPS = {"vocoder": 2000, "flow": 4000, "ear": 1800, "language": 4000, "talk": 3000}
+STEPS = {"vocoder": 2000, "flow": 4000, "ear": 1800, "language": 2800, "talk": 2400}
+
+
+def models(work: Path) -> Path:
+    return work / "models"
 
 
 def opens2s(work: Path) -> Path:
-    return work / "models" / "OpenS2S"
+    return models(work) / "OpenS2S"
 
 
 def decoder(work: Path) -> Path:
-    return work / "models" / "glm-4-voice-decoder"
+    return models(work) / "glm-4-voice-decoder"
 
 
 def sentences(work: Path) -> list[Sentence]:
@@ -88,18 +92,18 @@ def talk(work: Path) -> None:
 
 
 def export(work: Path) -> None:
-    from training.export import export_decoder, export_opens2s
+    from training.export import export_decoder, export_opens2s, tell_size
     from training.fitting import load
 
     export_opens2s(opens2s(work), load(work, "talk"))
     export_decoder(decoder(work), load(work, "flow"), load(work, "vocoder"))
+    tell_size(models(work))
 
 
-def report(work: Path) -> None:
-    from training.report import report_answers, report_speech
+def figures(work: Path) -> None:
+    from training.report import report
 
-    report_speech(work, decoder(work))
-    report_answers(work, opens2s(work).parent, judged(work))
+    report(work, models(work), make_lexicon(work), judged(work), strangers(work))
 
 
 STAGES: dict[str, Callable[[Path], None]] = {
@@ -111,5 +115,5 @@ STAGES: dict[str, Callable[[Path], None]] = {
     "language": language,
     "talk": talk,
     "export": export,
-    "report": report,
+    "report": figures,
 }
