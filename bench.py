@@ -1,15 +1,16 @@
 """Measures: python bench.py NAME, each with --help.
 
-replies (without a name), quantize, model, fronts, start, turns, talks
+replies (without a name), quantize, accuracy, model, fronts, start, turns, talks
 """
 
 import sys
 
-from benchmarks import fronts, model_speed, quantize, replies, start, talks, turns
+from benchmarks import accuracy, fronts, model_speed, quantize, replies, start, talks, turns
 
 COMMANDS = {
     "replies": replies.main,
     "quantize": quantize.main,
+    "accuracy": accuracy.main,
     "model": model_speed.main,
     "fronts": fronts.main,
     "start": start.main,

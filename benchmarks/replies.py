@@ -1,6 +1,7 @@
 """bench.py replies: first audio, real-time factor, tokens per second, gaps between blocks.
 
-    python bench.py replies         a random checkpoint, large enough for its arithmetic to count
+    python bench.py replies                    the small model, and whether it answers right
+    python bench.py replies --random large     random weights, enough for arithmetic to count
     python bench.py replies --models DIR --device cuda --conversations 1 8 32
 
 All conversations of a round start together and ask the same spoken question.
@@ -13,7 +14,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,21 +24,19 @@ from typing import Any
 import torch
 
 from benchmarks.hardware import hardware
+from benchmarks.questions import ANSWER, QUESTION, read, small_model
 from omnispeech.assembly import choose_device, choose_dtype, load_models
-from omnispeech.audio.io import decode_audio
 from omnispeech.config import EngineConfig
-from omnispeech.engine.events import Audio, AudioDelta, Done, Message, TurnRequest
+from omnispeech.engine.events import Audio, AudioDelta, Done, Message, TextDelta, TurnRequest
 from omnispeech.engine.playback import Playback
 from omnispeech.engine.worker import Worker
 from omnispeech.tiny.decoder import DecoderShape
 from omnispeech.tiny.directory import write_tiny
 from omnispeech.tiny.shape import LanguageShape, TinyShape
 
-QUESTION = Path(__file__).parent.parent / "examples" / "question.wav"
-
 SHAPES = {
     "tiny": TinyShape(),
-    "small": TinyShape(
+    "large": TinyShape(
         encoder_width=512,
         encoder_inner=2048,
         encoder_layers=6,
@@ -55,6 +55,7 @@ class Measured:
     """One reply, as its listener would have heard it."""
 
     done: Done
+    text: str
     arrivals_s: list[float] = field(default_factory=list)  # of each block of sound
     silence_s: float = 0.0  # in which the listener had nothing left to hear
 
@@ -64,7 +65,7 @@ class Measured:
 
 
 async def measure(worker: Worker, request: TurnRequest) -> Measured:
-    playback, arrivals, silence = Playback(), [], 0.0
+    playback, arrivals, silence, text = Playback(), [], 0.0, ""
     began = time.perf_counter()
     async for event in worker.answer(request):
         now = time.perf_counter() - began
@@ -72,14 +73,15 @@ async def measure(worker: Worker, request: TurnRequest) -> Measured:
             silence += max(0.0, -(playback.ahead_s(now) or 0.0))
             playback.sent(len(event.pcm) / 2 / worker.sample_rate_hz, now)
             arrivals.append(now)
+        elif isinstance(event, TextDelta):
+            text += event.text
         elif isinstance(event, Done):
-            return Measured(event, arrivals, silence)
+            return Measured(event, text, arrivals, silence)
     raise AssertionError("a reply ended without Done")
 
 
 async def round_of(worker: Worker, conversations: int, args: argparse.Namespace) -> list[Measured]:
-    sound = decode_audio(args.question.read_bytes(), max_seconds=120.0)
-    message = Message("user", (Audio(sound),))
+    message = Message("user", (Audio(read(args.question)),))
     # without a seed: blocks follow the measured speed, as for most callers
     request = TurnRequest(messages=(message,), max_new_tokens=args.max_new_tokens)
     return await asyncio.gather(*(measure(worker, request) for _ in range(conversations)))
@@ -105,6 +107,7 @@ def summary(conversations: int, rounds: Sequence[Sequence[Measured]]) -> dict[st
         "block_gap_s": statistics.median(gaps),
         "block_gap_s_worst": max(gaps),
         "silence_s_worst": max(reply.silence_s for reply in replies),
+        "right": sum(reply.text == ANSWER for reply in replies),
     }
 
 
@@ -156,7 +159,8 @@ async def bench(args: argparse.Namespace, models: Path) -> None:
         rows.append(summary(conversations, rounds))
     caption = (
         f"{hardware(device)}; torch {torch.__version__}; {parameters(worker) / 1e6:.0f} M "
-        f"parameters in {str(dtype).removeprefix('torch.')}; medians of {args.rounds} rounds."
+        f"parameters in {str(dtype).removeprefix('torch.')}, {weights(args)}; "
+        f"medians of {args.rounds} rounds{rightness(rows) if knows_answer(args) else ''}."
     )
     worker.close()
     sys.stdout.write(table(caption, rows) + "\n")
@@ -165,10 +169,39 @@ async def bench(args: argparse.Namespace, models: Path) -> None:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
+def weights(args: argparse.Namespace) -> str:
+    if args.random:
+        return "random weights"
+    return f"of {args.models}" if args.models else "the small model"
+
+
+def knows_answer(args: argparse.Namespace) -> bool:
+    return not (args.models or args.random) and args.question == QUESTION
+
+
+def rightness(rows: Sequence[dict[str, Any]]) -> str:
+    right, replies = (sum(row[key] for row in rows) for key in ("right", "replies"))
+    return f"; {right} of {replies} answers were right"
+
+
+@contextmanager
+def models_of(args: argparse.Namespace) -> Iterator[Path]:
+    if args.models:
+        yield args.models
+    elif args.random:
+        with tempfile.TemporaryDirectory() as folder:
+            write_tiny(Path(folder), shape=SHAPES[args.random])
+            yield Path(folder)
+    else:
+        with small_model() as models:
+            yield models
+
+
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="bench.py replies", description="Measures replies.")
-    parser.add_argument("--models", type=Path, help="default: a random checkpoint of --shape")
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--models", type=Path, help="default: the small model")
+    asked.add_argument("--random", choices=SHAPES, help="random weights, of such a shape")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--conversations", type=int, nargs="+", default=[1, 8])
@@ -177,7 +210,5 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     args = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.models is None:
-            write_tiny(Path(folder), shape=SHAPES[args.shape])
-        asyncio.run(bench(args, args.models or Path(folder)))
+    with models_of(args) as models:
+        asyncio.run(bench(args, models))

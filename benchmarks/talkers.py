@@ -6,7 +6,7 @@ import random
 import time
 from base64 import b64decode, b64encode
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +16,9 @@ import numpy as np
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
+from benchmarks.questions import Question
 from omnispeech.audio.io import encode_wav, pcm16_from_samples
-from omnispeech.audio.resample import Resampler, Samples
+from omnispeech.audio.resample import Resampler
 
 RATE_HZ = 24_000  # of the sound on /v1/realtime
 HEARS_HZ = 16_000  # of /ws/stream
@@ -37,6 +38,8 @@ class Notes:
     """What all talkers saw."""
 
     turns: dict[str, int] = field(default_factory=dict)
+    right: dict[str, list[bool]] = field(default_factory=dict)  # of whole answers
+    mistakes: list[str] = field(default_factory=list)
     interrupted: int = 0
     lost: int = 0
     resumed: int = 0
@@ -48,6 +51,12 @@ class Notes:
 
     def turn(self, protocol: str) -> None:
         self.turns[protocol] = self.turns.get(protocol, 0) + 1
+
+    def answered(self, protocol: str, speech: "Speech", said: str) -> None:
+        right = said == speech.answer
+        self.right.setdefault(protocol, []).append(right)
+        if not right:
+            self.mistakes.append(f"{protocol}: {said!r}, not {speech.answer!r}")
 
 
 @dataclass(slots=True)
@@ -80,33 +89,42 @@ class Listener:
 
 
 @dataclass(frozen=True, slots=True)
+class Speech:
+    """One spoken question in the forms that the protocols want, and its right answer."""
+
+    pcm_16k: bytes
+    pcm_24k: bytes
+    answer: str
+
+    @classmethod
+    def of(cls, question: Question) -> "Speech":
+        resampler = Resampler(HEARS_HZ, RATE_HZ)
+        whole = np.concatenate([resampler.push(question.samples), resampler.finish()])
+        pcm_16k = pcm16_from_samples(question.samples)
+        return cls(pcm_16k, pcm16_from_samples(whole), question.answer)
+
+    @property
+    def wav(self) -> bytes:
+        return encode_wav(self.pcm_16k, HEARS_HZ)
+
+
+@dataclass(frozen=True, slots=True)
 class Habits:
-    """chance: decides who interrupts, leaves, loses the connection. pause_s: between two turns."""
+    """chance: decides what is asked, who interrupts, leaves, loses the connection. pause_s: between
+    two turns."""
 
     chance: random.Random
     pause_s: float
+    questions: Sequence[Speech]
 
     def sometimes(self, share: float) -> bool:
         return self.chance.random() < share
 
+    def question(self) -> Speech:
+        return self.chance.choice(self.questions)
+
     async def pause(self) -> None:
         await asyncio.sleep(self.pause_s * self.chance.uniform(0.2, 1.8))
-
-
-@dataclass(frozen=True, slots=True)
-class Speech:
-    """One spoken question in the forms that the protocols want."""
-
-    samples: Samples  # [N] at 16 kHz
-
-    @property
-    def wav(self) -> bytes:
-        return encode_wav(pcm16_from_samples(self.samples), HEARS_HZ)
-
-    def pcm(self, rate_hz: int) -> bytes:
-        resampler = Resampler(HEARS_HZ, rate_hz)
-        whole = np.concatenate([resampler.push(self.samples), resampler.finish()])
-        return pcm16_from_samples(whole)
 
 
 class Microphone:
@@ -138,9 +156,8 @@ class Microphone:
 class RealtimeTalker:
     """One talk of many turns on /v1/realtime, hands-free or by its own commits."""
 
-    def __init__(self, url: str, speech: Speech, notes: Notes, habits: Habits) -> None:
+    def __init__(self, url: str, notes: Notes, habits: Habits) -> None:
         self._url = f"{url.replace('http', 'ws', 1)}/v1/realtime"
-        self._pcm = speech.pcm(RATE_HZ)
         self._notes = notes
         self._habits = habits
         self._session = ""
@@ -185,22 +202,23 @@ class RealtimeTalker:
 
     async def _spoken_turn(self, socket: ClientConnection, microphone: Microphone) -> None:
         """The server finds the end. Sometimes a second question cuts the reply to the first."""
-        cutting = self._habits.sometimes(0.3)
-        microphone.say(self._pcm)
+        cutting, speech = self._habits.sometimes(0.3), self._habits.question()
+        microphone.say(speech.pcm_24k)
         await awaited(socket, "input_audio_buffer.committed")
 
         async def interrupt() -> None:
-            microphone.say(self._pcm[: int(INTERRUPTION_S * RATE_HZ) * 2])
+            microphone.say(speech.pcm_24k[: int(INTERRUPTION_S * RATE_HZ) * 2])
 
-        await self._listen(socket, "realtime, hands-free", interrupt if cutting else None)
-        if cutting:
-            await self._listen(socket, "realtime, hands-free", None)
+        await self._listen(socket, "realtime, hands-free", speech, interrupt if cutting else None)
+        if cutting:  # by half a question: whatever is said to it is right
+            await self._listen(socket, "realtime, hands-free", None, None)
 
     async def _press_to_talk(self, socket: ClientConnection, until_s: float) -> None:
         await send(socket, "session.update", session=MANUAL)
         await awaited(socket, "session.updated")
         while time.monotonic() < until_s and not self._habits.sometimes(0.1):
-            await send(socket, "input_audio_buffer.append", audio=in_base64(self._pcm))
+            speech = self._habits.question()
+            await send(socket, "input_audio_buffer.append", audio=in_base64(speech.pcm_24k))
             await send(socket, "input_audio_buffer.commit")
             await send(socket, "response.create")
 
@@ -208,7 +226,7 @@ class RealtimeTalker:
                 await send(socket, "response.cancel")
 
             cutting = self._habits.sometimes(0.3)
-            await self._listen(socket, "realtime, manual", interrupt if cutting else None)
+            await self._listen(socket, "realtime, manual", speech, interrupt if cutting else None)
             await self._habits.pause()
         await self._lose(socket)
 
@@ -216,9 +234,10 @@ class RealtimeTalker:
         self,
         socket: ClientConnection,
         protocol: str,
+        speech: Speech | None,
         interrupt: Callable[[], Awaitable[None]] | None,
     ) -> None:
-        """To the end of one reply; `interrupt` is done at its first sound."""
+        """To the end of one reply, to `speech`; `interrupt` is done at its first sound."""
         listener = Listener(self._notes)
         async for event in events(socket):
             if event["type"] == "response.output_audio.delta":
@@ -227,18 +246,23 @@ class RealtimeTalker:
                     await interrupt()
                     interrupt = None
             elif event["type"] == "response.done":
-                self._ended(event["response"], listener)
+                if self._is_whole(event["response"]):
+                    listener.end()
+                    if speech:
+                        self._notes.answered(protocol, speech, transcript(event["response"]))
                 break
         self._notes.turn(protocol)
         await asyncio.sleep(listener.left_s)
 
-    def _ended(self, response: dict[str, Any], listener: Listener) -> None:
+    def _is_whole(self, response: dict[str, Any]) -> bool:
         if response["status"] == "failed":
             raise Wrong(json.dumps(response["status_details"]))
-        if response["status"] == "cancelled":
-            self._notes.interrupted += 1
-        else:
-            listener.end()
+        self._notes.interrupted += response["status"] == "cancelled"
+        return bool(response["status"] != "cancelled")
+
+
+def transcript(response: dict[str, Any]) -> str:
+    return "".join(part["transcript"] for item in response["output"] for part in item["content"])
 
 
 def in_base64(sound: bytes) -> str:
@@ -267,60 +291,69 @@ async def events(socket: ClientConnection) -> AsyncIterator[dict[str, Any]]:
 class RequestTalker:
     """One question after the other over HTTP; leaves some replies before their end."""
 
-    def __init__(self, url: str, speech: Speech, notes: Notes, habits: Habits) -> None:
+    def __init__(self, url: str, notes: Notes, habits: Habits) -> None:
         self._client = httpx.AsyncClient(base_url=url, timeout=LONGEST_S, trust_env=False)
-        self._speech = speech
         self._notes = notes
         self._habits = habits
 
     async def talk(self, until_s: float, *, protocol: str) -> None:
-        path, request, rate_hz = self._request(protocol)
         async with self._client:
             while time.monotonic() < until_s:
-                listener = await self._ask(path, request, rate_hz)
+                listener = await self._ask(protocol, self._habits.question())
                 self._notes.turn(protocol)
                 await asyncio.sleep(listener.left_s)
                 await self._habits.pause()
 
-    def _request(self, protocol: str) -> tuple[str, dict[str, Any], int]:
-        """Path, body, and the rate of the PCM that comes back."""
-        if protocol == "speech":
-            return "/v1/speech?format=pcm", {"content": self._speech.wav}, 22_050
-        if protocol == "read aloud":
-            body = {"model": "omnispeech", "voice": "default", "response_format": "pcm"}
-            return "/v1/audio/speech", {"json": body | {"input": "one two three"}}, RATE_HZ
-        return "/v1/chat/completions", {"json": self._chat()}, RATE_HZ
-
-    def _chat(self) -> dict[str, Any]:
-        sound = {"data": in_base64(self._speech.wav), "format": "wav"}
-        question = {"role": "user", "content": [{"type": "input_audio", "input_audio": sound}]}
-        return {
-            "model": "omnispeech",
-            "modalities": ["text", "audio"],
-            "audio": {"voice": "default", "format": "pcm16"},
-            "messages": [question],
-            "stream": True,
-        }
-
-    async def _ask(self, path: str, request: dict[str, Any], rate_hz: int) -> Listener:
-        listener, leaving = Listener(self._notes), self._habits.sometimes(0.2)
+    async def _ask(self, protocol: str, speech: Speech) -> Listener:
+        path, request, rate_hz = posted(protocol, speech)
+        listener, leaving, said = Listener(self._notes), self._habits.sometimes(0.2), ""
         async with self._client.stream("POST", path, **request) as response:
             if response.is_error:
                 raise Wrong(f"{path}: {response.status_code} {(await response.aread())[:200]!r}")
-            async for pcm_bytes in sound_of(response):
-                listener.hear(pcm_bytes / 2 / rate_hz)
-                if leaving:
+            async for text, pcm_bytes in reply_of(response):
+                said += text
+                if pcm_bytes:
+                    listener.hear(pcm_bytes / 2 / rate_hz)
+                if pcm_bytes and leaving:
                     self._notes.interrupted += 1
                     return Listener(self._notes)
         listener.end()
+        if protocol == "speech":
+            said = (await self._client.get(f"/v1/speech/{response.headers['x-turn-id']}")).json()[
+                "text"
+            ]
+        if protocol != "read aloud":  # it has no text but the one that was sent
+            self._notes.answered(protocol, speech, said)
         return listener
 
 
-async def sound_of(response: httpx.Response) -> AsyncIterator[int]:
-    """Bytes of PCM as they come, of a raw stream or of server-sent events."""
+def posted(protocol: str, speech: Speech) -> tuple[str, dict[str, Any], int]:
+    """Path, body, and the rate of the PCM that comes back."""
+    if protocol == "speech":
+        return "/v1/speech?format=pcm", {"content": speech.wav}, 22_050
+    if protocol == "read aloud":
+        body = {"model": "omnispeech", "voice": "default", "response_format": "pcm"}
+        return "/v1/audio/speech", {"json": body | {"input": speech.answer}}, RATE_HZ
+    return "/v1/chat/completions", {"json": chat(speech)}, RATE_HZ
+
+
+def chat(speech: Speech) -> dict[str, Any]:
+    sound = {"data": in_base64(speech.wav), "format": "wav"}
+    question = {"role": "user", "content": [{"type": "input_audio", "input_audio": sound}]}
+    return {
+        "model": "omnispeech",
+        "modalities": ["text", "audio"],
+        "audio": {"voice": "default", "format": "pcm16"},
+        "messages": [question],
+        "stream": True,
+    }
+
+
+async def reply_of(response: httpx.Response) -> AsyncIterator[tuple[str, int]]:
+    """Text, and bytes of PCM, as they come, of a raw stream or of server-sent events."""
     if not response.headers["content-type"].startswith("text/event-stream"):
         async for piece in response.aiter_raw():
-            yield len(piece)
+            yield "", len(piece)
         return
     async for line in response.aiter_lines():
         if line.startswith("data: {"):
@@ -328,39 +361,41 @@ async def sound_of(response: httpx.Response) -> AsyncIterator[int]:
             if "error" in chunk:
                 raise Wrong(json.dumps(chunk["error"]))
             for choice in chunk["choices"]:
-                data = (choice["delta"].get("audio") or {}).get("data")
-                if data:
-                    yield len(b64decode(data))
+                audio = choice["delta"].get("audio") or {}
+                yield audio.get("transcript", ""), len(b64decode(audio.get("data", "")))
 
 
 class WindowTalker:
     """/ws/stream: sound in, a trigger, sound out."""
 
-    def __init__(self, url: str, speech: Speech, notes: Notes, habits: Habits) -> None:
+    def __init__(self, url: str, notes: Notes, habits: Habits) -> None:
         self._url = f"{url.replace('http', 'ws', 1)}/ws/stream?events=1"
-        self._pcm = speech.pcm(HEARS_HZ)
         self._notes = notes
         self._habits = habits
 
     async def talk(self, until_s: float) -> None:
         async with connect(self._url) as socket:
             while time.monotonic() < until_s:
-                await socket.send(self._pcm)
+                speech = self._habits.question()
+                await socket.send(speech.pcm_16k)
                 await socket.send(json.dumps({"type": "trigger_response"}))
-                listener = await self._listen(socket)
+                listener = await self._listen(socket, speech)
                 self._notes.turn("ws/stream")
                 await asyncio.sleep(listener.left_s)
                 await self._habits.pause()
 
-    async def _listen(self, socket: ClientConnection) -> Listener:
-        listener = Listener(self._notes)
+    async def _listen(self, socket: ClientConnection, speech: Speech) -> Listener:
+        listener, said = Listener(self._notes), ""
         while True:
             frame = await asyncio.wait_for(socket.recv(), LONGEST_S)
             if isinstance(frame, bytes):
                 listener.hear((len(frame) - 48) / 2 / 22_050)  # 4 of length, 44 of WAV header
             elif (event := json.loads(frame))["type"] == "error":
                 raise Wrong(event["message"])
+            elif event["type"] == "text":
+                said += event["text"]
             elif event["type"] == "end":
                 break
         listener.end()
+        self._notes.answered("ws/stream", speech, said)
         return listener

@@ -1,10 +1,11 @@
 """bench.py talks: many people talk to one server at once, for minutes.
 
-    python bench.py talks --models DIR --talkers 20 --seconds 300
+    python bench.py talks --talkers 20 --seconds 300
 
 They speak all protocols, interrupt, lose their connections and come back. What must not happen ends
 the run with status 1: an error, a reply that stalls, a row or talk that is left over, memory that
-grows. The server is a process of its own; with --server URL one that runs already is asked.
+grows, too many wrong answers. The server is a process of its own, with the small model or that of
+--models; with --server URL one that runs already is asked.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -25,11 +26,10 @@ import httpx
 import torch
 
 from benchmarks.hardware import hardware, say
+from benchmarks.questions import first_questions, small_model
 from benchmarks.talkers import Habits, Notes, RealtimeTalker, RequestTalker, Speech, WindowTalker
-from omnispeech.audio.io import decode_audio
 
 ROOT = Path(__file__).parent.parent
-QUESTION = ROOT / "examples" / "question.wav"
 PROTOCOLS = (
     "hands-free",
     "manual",
@@ -44,6 +44,8 @@ PROTOCOLS = (
 )
 SETTLE_S = 5.0  # until everybody's row is given back
 GROWTH = 1.10  # of the memory from the end of the first third to the end: more is a leak
+RIGHT = 0.9  # of the answers of the small model, sampled
+RIGHT_HELP = f"share of answers that must be right (the small model: {RIGHT:g}, others: 0)"
 READY_S = 300.0
 
 
@@ -83,30 +85,29 @@ def figures(url: str) -> dict[str, float]:
     }
 
 
-async def person(
-    number: int, url: str, speech: Speech, notes: Notes, pause_s: float, until_s: float
-) -> None:
+async def person(number: int, url: str, notes: Notes, habits: Habits, until_s: float) -> None:
     """Speaks one protocol to the end; not all begin at the same moment."""
-    protocol, habits = PROTOCOLS[number % len(PROTOCOLS)], Habits(random.Random(number), pause_s)
+    protocol = PROTOCOLS[number % len(PROTOCOLS)]
     await habits.pause()
     if protocol in ("hands-free", "manual"):
-        talking = RealtimeTalker(url, speech, notes, habits)
+        talking = RealtimeTalker(url, notes, habits)
         await talking.talk(until_s, hands_free=protocol == "hands-free")
     elif protocol == "ws/stream":
-        await WindowTalker(url, speech, notes, habits).talk(until_s)
+        await WindowTalker(url, notes, habits).talk(until_s)
     else:
-        await RequestTalker(url, speech, notes, habits).talk(until_s, protocol=protocol)
+        await RequestTalker(url, notes, habits).talk(until_s, protocol=protocol)
 
 
 async def all_talk(
     url: str, talkers: int, seconds: float, pause_s: float
 ) -> tuple[Notes, list[float]]:
     """What they saw, and the server's memory every few seconds."""
-    speech = Speech(decode_audio(QUESTION.read_bytes(), max_seconds=60))
+    questions = [Speech.of(question) for question in first_questions()]
     notes, memory, until_s = Notes(), [], time.monotonic() + seconds
+    people = [Habits(random.Random(number), pause_s, questions) for number in range(talkers)]
     talks = [
-        asyncio.create_task(guarded(person(n, url, speech, notes, pause_s, until_s), n, notes))
-        for n in range(talkers)
+        asyncio.create_task(guarded(person(number, url, notes, habits, until_s), number, notes))
+        for number, habits in enumerate(people)
     ]
     while any(not talk.done() for talk in talks):
         await asyncio.wait(talks, timeout=seconds / 60)
@@ -133,15 +134,25 @@ def left_over(url: str) -> list[str]:
     return bad + ([f"{failed:g} replies failed"] if failed else [])
 
 
-def report(notes: Notes, memory: Sequence[float], seconds: float) -> dict[str, Any]:
-    first_ms = [1000 * s for s in notes.first_audio_s]
-    early, late = memory[len(memory) // 3], memory[-1]
+def check(notes: Notes, early: float, late: float, least_right: float) -> None:
+    """Adds to `notes.wrong` what only the whole run shows."""
     if late > early * GROWTH:
         notes.wrong.append(f"memory grew from {early / 1e6:.0f} to {late / 1e6:.0f} MB")
+    answers = [one for each in notes.right.values() for one in each]
+    if sum(answers) < least_right * len(answers):
+        notes.wrong.append(f"{sum(answers)} of {len(answers)} answers were right")
+
+
+def report(notes: Notes, early: float, late: float, seconds: float) -> dict[str, Any]:
+    first_ms = [1000 * s for s in notes.first_audio_s]
     return {
         "hardware": hardware(torch.device("cpu")),
         "seconds": seconds,
         "turns": notes.turns,
+        "right answers": {
+            protocol: f"{sum(right)} of {len(right)}" for protocol, right in notes.right.items()
+        },
+        "mistakes, the first ten": notes.mistakes[:10],
         "interrupted": notes.interrupted,
         "connections lost and resumed": [notes.lost, notes.resumed],
         "first audio ms, median and 95 %": [
@@ -159,24 +170,32 @@ def report(notes: Notes, memory: Sequence[float], seconds: float) -> dict[str, A
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="bench.py talks", description=__doc__)
-    asked = parser.add_mutually_exclusive_group(required=True)
-    asked.add_argument("--models", type=Path, help="directory of models to start a server with")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument(
+        "--models", type=Path, help="to start a server with; default: the small model"
+    )
     asked.add_argument("--server", metavar="URL", help="one that runs already, used by nobody else")
     parser.add_argument("--talkers", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--pause", type=float, default=8.0, help="seconds between two turns of one")
+    parser.add_argument("--right", type=float, help=RIGHT_HELP)
     given, flags = parser.parse_known_args(arguments)
+    if given.right is None:
+        given.right = 0.0 if given.server or given.models else RIGHT
     if given.server:
         run(given.server, given)
-    else:
-        with started(given.models, flags) as url:
-            run(url, given)
+        return
+    with ExitStack() as stack:
+        models = given.models or stack.enter_context(small_model())
+        run(stack.enter_context(started(models, flags)), given)
 
 
 def run(url: str, given: argparse.Namespace) -> None:
     notes, memory = asyncio.run(all_talk(url, given.talkers, given.seconds, given.pause))
     notes.wrong += left_over(url)
-    result = report(notes, memory, given.seconds)
+    early, late = memory[len(memory) // 3], memory[-1]
+    check(notes, early, late, given.right)
+    result = report(notes, early, late, given.seconds)
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
     if notes.wrong or notes.stalled:
         raise SystemExit(1)

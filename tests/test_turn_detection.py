@@ -20,7 +20,7 @@ from omnispeech.server.realtime.settings.turn_settings import ServerVAD
 
 ROOT = Path(__file__).parent.parent
 SPEECH = {
-    "question": soundfile.read(ROOT / "examples/question.wav", dtype="float32")[0][:29_082],
+    "question": soundfile.read(ROOT / "examples/question.wav", dtype="float32")[0][:24_330],
     "yes": soundfile.read(ROOT / "tests/golden/speech/yes.flac", dtype="float32")[0],
     "german": soundfile.read(ROOT / "tests/golden/speech/german.flac", dtype="float32")[0],
 }
