@@ -11,7 +11,7 @@ cd "$(dirname "$0")"
 usage() {
     cat <<'TEXT'
 usage: ./build_and_run.sh [--models DIR] [--port N] [--listen ADDRESS [--no-key]]
-                          [--gpus WHICH | --cpu] [--quantize]
+                          [--gpus WHICH | --cpu] [--small] [--quantize]
                           [--controller URL --worker-address URL] [--restart-policy NAME]
        ./build_and_run.sh --local [--once] [--models DIR] [--port N] [--device NAME]
                           [--listen ADDRESS [--no-key]]
@@ -28,7 +28,9 @@ one, and waits until it answers. Needs Docker, and NVIDIA's container toolkit fo
                  directory, see docs/security.md)
   --no-key       let other machines in although there is no key
   --gpus WHICH   as docker run takes it: all, device=0 (default: all; the server uses the first)
-  --cpu          no GPU: a smaller image, an answer takes long with the real models
+  --cpu          no GPU: a smaller image, an answer takes long with the published models
+  --small        where the models directory is empty, put the small model there that comes with
+                 omnispeech, instead of downloading 22 GB (OMNISPEECH_SMALL=true says the same)
   --quantize     first make the 4-bit LLM, with the GPU to itself: for GPUs that have no room for
                  this beside the server
   --controller URL --worker-address URL   register with an OpenS2S controller, which finds this
@@ -38,10 +40,10 @@ one, and waits until it answers. Needs Docker, and NVIDIA's container toolkit fo
                  environment reach the server
 
   --local        run on this machine with Python alone: make the environment, start the server
-                 in the background, ask it a spoken question, write reply.wav
+                 in the background, ask it what three plus four is, write and play reply.wav
   --once         stop the server after that
-  --models DIR   default: OMNISPEECH_MODELS; without it a small checkpoint with random weights is
-                 made in .local/models: it answers with noise
+  --models DIR   default: OMNISPEECH_MODELS; without it .local/models, where the small model is
+                 put that comes with omnispeech: it hears sums to twenty and a few words
   --device NAME  cpu, cuda, cuda:N or auto (default: OMNISPEECH_DEVICE, or cpu)
 
   --stop         stop the server, in the container or of --local
@@ -70,6 +72,10 @@ stop_server() {
         sleep 0.1
     done
     kill -9 "$pid" 2>/dev/null || true
+}
+
+holds_small_model() {
+    grep -qs '"by": "omnispeech small"' "$models/omnispeech-manifest.json"
 }
 
 # Nothing listens there: the server that answers later is ours.
@@ -137,6 +143,47 @@ check_options() {
     [ -z "$cpu" ] || [ -z "${given[--gpus]:-}" ] || fail "--cpu and --gpus contradict each other"
 }
 
+# Random weights, or a small model that is not that of this version.
+holds_old_model() {
+    grep -qs '"by": "omnispeech tiny"' "$models/omnispeech-manifest.json" && return
+    holds_small_model && [[ $(LC_ALL=C diff -rq omnispeech/small "$models" 2>&1) == *" differ"* ]]
+}
+
+# Of this version, unless somebody has put another model there.
+make_small_model() {
+    local old model
+    if holds_old_model; then
+        old=$models-old-$(date +%Y%m%d-%H%M%S)
+        mv "$models" "$old"
+        echo "The model of an earlier version was moved to $old: delete it if you like."
+    fi
+    for model in "$models/OpenS2S" "$models/OpenS2S-8bit"; do
+        [ ! -d "$model" ] || [ ! -d "$models/glm-4-voice-decoder" ] || return 0
+    done
+    "$bin/omnispeech" small "$models"
+}
+
+# To somebody at a terminal, where there is a player; without a sound device it says nothing.
+play() {
+    local player
+    [ -t 1 ] || return 0
+    for player in afplay paplay pw-play 'aplay -q'; do
+        if command -v "${player%% *}" >/dev/null; then
+            # shellcheck disable=SC2086 # a program and its option
+            $player "$1" 2>/dev/null || true
+            return
+        fi
+    done
+}
+
+tell_small_model() {
+    cat <<TEXT
+This is the small model. Ask it sums to twenty ("what is nine minus four", then "and plus two"), or
+"repeat after me apple tiger"; more stands in omnispeech/small/MODEL_CARD.md. With the published
+model: $bin/python startup.py --models DIR brings it, 22 GB; then ./build_and_run.sh --local --models DIR
+TEXT
+}
+
 serve_locally() {
     [ -z "${OMNISPEECH_TLS_CERTIFICATE:-}" ] || fail "--local speaks http alone; for https start" \
         "model_worker.py yourself, or take the container"
@@ -146,7 +193,7 @@ serve_locally() {
     check_port
     if [ -z "$models" ]; then
         models=$PWD/.local/models
-        [ -d "$models" ] || "$bin/omnispeech" tiny "$models"
+        make_small_model
         # so small a model is slower with more threads: they wait for each other
         export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
     fi
@@ -155,9 +202,11 @@ serve_locally() {
     start_server
     if [ -n "${OMNISPEECH_API_KEY:-}" ] || [ -z "${OMNISPEECH_API_KEYS:-}$keys" ]; then
         "$bin/omnispeech" say examples/question.wav -o "$PWD/reply.wav" --server "$url"
+        play "$PWD/reply.wav"
     else
         echo "No question was asked: OMNISPEECH_API_KEY holds no key for it."
     fi
+    ! holds_small_model || tell_small_model
     if [ -z "$once" ]; then
         echo "The server is running at $url (log: .local/server.log; stop it: ./build_and_run.sh --stop)"
         echo "Talk with it in a browser: $url/"
@@ -166,13 +215,13 @@ serve_locally() {
 
 action=container once='' cpu='' no_key='' keys='' rootless='' gpus=all listen=127.0.0.1 restart_policy=unless-stopped
 quantize='' controller=${OMNISPEECH_CONTROLLER:-} worker_address=${OMNISPEECH_WORKER_ADDRESS:-}
-drain=${OMNISPEECH_DRAIN_S:-30}
+drain=${OMNISPEECH_DRAIN_S:-30} small=${OMNISPEECH_SMALL:-}
 models=${OMNISPEECH_MODELS:-} port=${OMNISPEECH_PORT:-8000} device=${OMNISPEECH_DEVICE:-cpu}
 declare -A given=()
 while [ $# -gt 0 ]; do
     case $1 in
     --once | --device) given[$1]=local ;;
-    --cpu | --gpus | --quantize | --controller | --worker-address | --restart-policy)
+    --cpu | --gpus | --small | --quantize | --controller | --worker-address | --restart-policy)
         given[$1]=container
         ;;
     esac
@@ -182,6 +231,7 @@ while [ $# -gt 0 ]; do
     --once) once=yes ;;
     --cpu) cpu=yes ;;
     --no-key) no_key=yes ;;
+    --small) small=true ;;
     --quantize) quantize=yes ;;
     --models | --port | --device | --gpus | --listen | --controller | --worker-address | \
         --restart-policy)

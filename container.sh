@@ -1,13 +1,13 @@
 # shellcheck shell=bash disable=SC2154
 # Sourced by build_and_run.sh: the server in a container. Nothing but bash and Docker is needed.
 # Set there, beside the options: address controller cpu drain gpus image keys listen models port
-# quantize restart_policy rootless worker_address. Set here: arguments (of docker) and owner (of the
-# models).
+# quantize restart_policy rootless small worker_address, and what a models directory holds. Set here:
+# arguments (of docker) and owner (of the models).
 
 CONTAINER=opens2s-server
 # of this machine alone: inside the container they are what the image says
 NOT_PASSED=' OMNISPEECH_MODELS OMNISPEECH_HOST OMNISPEECH_PORT OMNISPEECH_SERVER OMNISPEECH_VENV
- OMNISPEECH_API_KEYS '
+ OMNISPEECH_API_KEYS OMNISPEECH_SMALL '
 
 # What Docker would refuse after the image is built, or misread.
 check_values() {
@@ -112,6 +112,7 @@ passed_variables() {
 # Of whatever runs in the image.
 choose_arguments() {
     mapfile -t arguments < <(passed_variables)
+    [ -z "$small" ] || arguments+=(--env "OMNISPEECH_SMALL=$small")
     [ -z "$keys" ] || arguments+=(--env OMNISPEECH_API_KEYS=/models/api-keys.toml)
     arguments+=(--init --user "$owner" --volume "$models:/models")
     if [ -n "$cpu" ]; then
@@ -123,8 +124,16 @@ choose_arguments() {
 
 # With the device to itself. Status 1: it failed, and said why.
 quantize_llm() {
-    [ -d "$models/OpenS2S" ] || run_once omnispeech fetch || return
+    [ -d "$models/OpenS2S" ] || bring_models || return
     run_once python3 /app/quantize_llm_awq.py
+}
+
+bring_models() {
+    if [[ ${small,,} =~ ^(true|yes|on|1)$ ]]; then
+        run_once omnispeech small /models
+    else
+        run_once omnispeech fetch
+    fi
 }
 
 # Status 1: it failed. Ctrl-C ends all of it, and not this step alone.
@@ -233,7 +242,24 @@ TEXT
         echo "  Other machines do not reach it: ssh -L $port:$address:$port from there is the safe" \
             "way, an API key and --listen 0.0.0.0 the other (docs/security.md)."
     fi
-    [ -d "$models/OpenS2S-llm-awq" ] || cat <<TEXT
+    if holds_small_model; then
+        tell_small_container
+    elif [ ! -d "$models/OpenS2S-llm-awq" ]; then
+        tell_quantizing
+    fi
+}
+
+tell_small_container() {
+    cat <<TEXT
+This is the small model: sums to twenty ("what is three plus four"), "repeat after me apple tiger",
+more in $models/OpenS2S/README.md. For the published one (22 GB) in its place:
+  docker exec $CONTAINER omnispeech fetch --update
+  docker restart $CONTAINER
+TEXT
+}
+
+tell_quantizing() {
+    cat <<TEXT
 Once, for a start in seconds and half the GPU memory:
   docker exec -it $CONTAINER python3 /app/quantize_llm_awq.py
   docker restart $CONTAINER

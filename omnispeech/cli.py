@@ -16,6 +16,7 @@ COMMANDS = {
     "say": "ask a server one spoken question",
     "chat": "talk with a server in the terminal",
     "key": "make an API key",
+    "small": "put the small model there that comes with omnispeech: it hears and answers",
     "tiny": "write small random checkpoints",
     "parity": "compare with golden numbers of the originals",
     "train-bridge": "fit WavLM to a checkpoint, from audio without labels",

@@ -270,6 +270,16 @@ class ScaleConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StartConfig:
+    """What `startup.py` brings."""
+
+    small: bool = setting(
+        False,
+        "where no model is: the small one that comes with omnispeech, instead of 22 GB of the hub",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HubConfig:
     """Where models are fetched from. A token and being offline are matters of huggingface_hub."""
 

@@ -15,6 +15,7 @@ from omnispeech.config import (
     PlaceConfig,
     ScaleConfig,
     ServerConfig,
+    StartConfig,
     TalkConfig,
     check_url,
 )
@@ -33,12 +34,14 @@ Config = TypeVar(
     TalkConfig,
     AccessConfig,
     ScaleConfig,
+    StartConfig,
     HubConfig,
 )
 
 
 def setting_names() -> set[str]:
-    return {f.name for config in (*CONFIGS, ScaleConfig, HubConfig) for f in fields(config)}
+    configs = (*CONFIGS, ScaleConfig, StartConfig, HubConfig)
+    return {f.name for config in configs for f in fields(config)}
 
 
 def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -70,6 +73,11 @@ def read_hub(flags: Mapping[str, Any], file: Path | None) -> HubConfig:
     """
     check_url("HF_ENDPOINT", os.environ.get("HF_ENDPOINT", ""))
     return build_config(HubConfig, flags, read_config_file(file) if file else {})
+
+
+def read_start(flags: Mapping[str, Any], file: Path | None) -> StartConfig:
+    """flags, file: as for all settings."""
+    return build_config(StartConfig, flags, read_config_file(file) if file else {})
 
 
 def check_names(values: Mapping[str, Any], place: str) -> None:

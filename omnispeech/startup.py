@@ -23,13 +23,14 @@ from omnispeech.checkpoint.models_directory import (
 )
 from omnispeech.checkpoint.wavlm_paths import WAVLM, is_wavlm, wavlm_paths
 from omnispeech.commands import serve
-from omnispeech.config import HubConfig, PlaceConfig
-from omnispeech.config_reader import read_hub
+from omnispeech.config import HubConfig, PlaceConfig, StartConfig
+from omnispeech.config_reader import read_hub, read_start
 from omnispeech.download.models import known_model, mend_command
 from omnispeech.download.present import STOPPED, settle
 from omnispeech.logs import log_to_stdout
 from omnispeech.server.door import listen
 from omnispeech.service import Settings, choose_target, read_settings
+from omnispeech.small.directory import check_pair, complete_small, is_small, lacking, tell_small
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser, given: Sequence[str], place: 
 def _add_own(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("start")
     own.add_argument("--once", action="store_true", help="answer one spoken question, then end")
+    serve.add_settings(own, StartConfig)
     serve.add_settings(parser.add_argument_group("hub"), HubConfig)
 
 
@@ -57,13 +59,13 @@ def start(args: argparse.Namespace, *, given: Sequence[str], place: Path) -> int
     """
     settings = read_settings(vars(args), args.config)
     log_to_stdout(settings.server.log_format, settings.server.log_level)
-    hub = read_hub(vars(args), args.config)
+    hub, own = read_hub(vars(args), args.config), read_start(vars(args), args.config)
     models = Path(settings.place.models)
     check_place(models)
     if not args.once:
         check_port(settings)
     signal.signal(signal.SIGTERM, _stop)  # process 1 of a container has no default for it
-    prepare(settings, models, hub)
+    prepare(settings, models, hub, small=own.small)
     command = [sys.executable, str(place / "model_worker.py"), *worker_flags(given)]
     if args.once:
         from omnispeech.once import answer_once
@@ -90,17 +92,34 @@ def worker_flags(given: Sequence[str]) -> list[str]:
     return parser.parse_known_args(list(given))[1]
 
 
-def prepare(settings: Settings, models: Path, hub: HubConfig) -> None:
-    """All models of a start are whole and entered, and the decoder is converted."""
+def prepare(settings: Settings, models: Path, hub: HubConfig, *, small: bool = False) -> None:
+    """All models of a start are whole and entered, and the decoder is converted.
+
+    small: where none is, it is the small one, and no hub is asked.
+    """
     first = names_of(models, settings.place)
     if OPENS2S not in first:
         logger.info("%s is not fetched: %s holds the whole model", OPENS2S, models / EIGHT_BIT)
+    else:
+        bring_small(models, hub, wanted=small)
     bring(first, models, settings.place, hub)
     names = names_of(models, settings.place)  # what came may hear by a WavLM
     bring([name for name in names if name not in first], models, settings.place, hub)
     convert_decoder(models / DECODER)
     count = len(names) + (OPENS2S not in names)
     logger.info("✅ All %d models are ready!", count)
+
+
+def bring_small(models: Path, hub: HubConfig, *, wanted: bool) -> None:
+    """Writes the small model where it is `wanted` and no other is; says which one is there."""
+    if wanted and (names := lacking(models)):
+        logger.info("putting the small model into %s: %s", models, ", ".join(names))
+        complete_small(models)
+    check_pair(models, hub)
+    if is_small(models / OPENS2S):
+        tell_small(models, hub)
+    elif wanted:
+        logger.info("--small changes nothing: %s holds another model", models)
 
 
 def names_of(models: Path, place: PlaceConfig) -> list[str]:

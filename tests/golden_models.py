@@ -47,7 +47,14 @@ def conversations(decoder: DecoderConfig | None = None, **changes: Any) -> Conve
 def golden_worker(**settings: Any) -> Iterator[Worker]:
     """Ready, with two rows and cheap sound; `settings` of the engine."""
     engine = EngineConfig(max_conversations=2, **settings)
-    worker = Worker(golden_models, engine, DecoderConfig(euler_steps=1, first_block=10))
+    sound = DecoderConfig(euler_steps=1, first_block=10)
+    with ready(Worker(golden_models, engine, sound)) as worker:
+        yield worker
+
+
+@contextmanager
+def ready(worker: Worker) -> Iterator[Worker]:
+    """From its first turn to its end."""
     worker.start()
     try:
         while not worker.status().ready:

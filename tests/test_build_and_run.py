@@ -230,6 +230,54 @@ def test_a_wrong_time_for_replies_leaves_the_old_server_alone(machine: Machine) 
     assert machine.called() == ["build", "create", "start"]
 
 
+# ---- the small model
+
+
+def of_server(machine: Machine) -> list[str]:
+    return [one for one in machine.environment() if "SMALL" in one]
+
+
+def test_the_small_model_is_one_setting(machine: Machine) -> None:
+    assert machine.start("--small").returncode == 0
+    assert of_server(machine) == ["OMNISPEECH_SMALL=true"]
+    machine.start(OMNISPEECH_SMALL="yes")
+    assert of_server(machine) == ["OMNISPEECH_SMALL=yes"]
+    machine.start("--small", OMNISPEECH_SMALL="no")
+    assert of_server(machine) == ["OMNISPEECH_SMALL=true"]
+    machine.start()
+    assert of_server(machine) == []
+
+
+def test_it_is_told_what_can_be_asked_of_it_and_how_the_other_comes(machine: Machine) -> None:
+    (machine.home / "models").mkdir()
+    manifest = machine.home / "models/omnispeech-manifest.json"
+    manifest.write_text('"by": "omnispeech small"')
+    ran = machine.start("--small")
+    assert '"what is three plus four"' in ran.stdout and "quantize" not in ran.stdout
+    assert "docker exec opens2s-server omnispeech fetch --update\n" in ran.stdout
+    manifest.unlink()
+    ran = machine.start("--small")
+    assert "small" not in ran.stdout and "python3 /app/quantize_llm_awq.py" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable", "command"),
+    [
+        (["--small"], "", ["omnispeech", "small", "/models"]),
+        ([], "YES", ["omnispeech", "small", "/models"]),
+        ([], "off", ["omnispeech", "fetch"]),
+        ([], "", ["omnispeech", "fetch"]),
+    ],
+)
+def test_what_is_to_be_quantized_is_the_small_model_where_it_is_asked_for(
+    machine: Machine, arguments: list[str], variable: str, command: list[str]
+) -> None:
+    ran = machine.start("--quantize", *arguments, OMNISPEECH_SMALL=variable)
+    assert ran.returncode == 0, ran.stderr
+    first = next(call for call in machine.calls if call[0] == "run")
+    assert first[-len(command) :] == command
+
+
 # ---- keys
 
 
@@ -462,6 +510,7 @@ def test_a_controller_is_told_where_this_server_is(machine: Machine) -> None:
         ),
         (("--device", "cuda"), "--device does nothing without --local"),
         (("--once",), "--once does nothing without --local"),
+        (("--local", "--small"), "--small does nothing with --local"),
         (("--local", "--gpus", "all"), "--gpus does nothing with --local"),
         (("--cpu", "--gpus", "all"), "contradict"),
         (("--gpus",), "--gpus needs a value"),

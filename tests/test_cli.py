@@ -192,7 +192,7 @@ def test_damaged_models_end_the_server_with_the_reason(models: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "/no/such/place"], "omnispeech tiny /no/such/place"),
+        (["--models", "/no/such/place"], "omnispeech small /no/such/place"),
         (["--models", "MODELS", "--device", "gpu"], "allowed: auto, cpu, cuda"),
         (["--models", "MODELS", "--dtype", "int3"], "allowed: auto, bf16, fp16, fp32"),
         (["--models", "MODELS", "--port", "99999"], "port=99999; allowed: 0 to 65535"),

@@ -14,8 +14,9 @@ import pytest
 import yaml
 from access_keys import ALICE, key_file, make_certificate, whole_server
 
-from omnispeech.config import AccessConfig, ServerConfig
+from omnispeech.config import AccessConfig, ServerConfig, StartConfig
 from omnispeech.server.access.keys import VARIABLE, Keys
+from omnispeech.small.directory import NAMES, shipped
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text(encoding="utf-8"))
@@ -54,6 +55,13 @@ def test_everything_that_is_copied_is_there_and_sent_to_the_builder() -> None:
     paths = copied()
     assert len(paths) > 8
     assert [path for path in paths if not (ROOT / path).exists() or not is_sent(path)] == []
+
+
+def test_the_small_model_is_in_the_image() -> None:
+    files = [path for name in NAMES for path in shipped(name).values()]
+    paths = [path.relative_to(ROOT).as_posix() for path in files]
+    assert len(paths) > 10 and all(map(is_sent, paths))
+    assert "omnispeech" in copied()  # its wheel takes them: test_small_model.py
 
 
 @pytest.mark.parametrize("path", [*KEPT_OUT, "omnispeech/__pycache__/cli.cpython-311.pyc"])
@@ -190,7 +198,11 @@ def test_variables_that_compose_hands_on_are_settings() -> None:
 def all_settings() -> list[Any]:
     from omnispeech.config_reader import CONFIGS
 
-    return [f for config in CONFIGS for f in fields(config)]
+    return [f for config in (*CONFIGS, StartConfig) for f in fields(config)]
+
+
+def test_compose_hands_on_that_the_small_model_is_enough() -> None:
+    assert "OMNISPEECH_SMALL" in compose()["environment"]
 
 
 def test_compose_hands_on_who_may_come_in_and_https() -> None:

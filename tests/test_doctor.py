@@ -15,6 +15,7 @@ from omnispeech.cli import main
 from omnispeech.config_reader import CONFIGS
 from omnispeech.deployment import doctor, machine
 from omnispeech.deployment.findings import Finding, as_text
+from omnispeech.small.directory import write_small
 
 DECODER = "glm-4-voice-decoder"
 
@@ -117,6 +118,39 @@ def test_what_a_start_would_fetch_is_not_wrong(
     status, findings = found(tmp_path / "models", capsys)
     assert status == 0
     assert words(findings, "download", "note").count("startup.py fetches it") == 2
+
+
+def test_the_small_model_needs_no_hub_and_little_room(
+    tmp_path: Path,
+    room: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    room(20 * 10**6)
+    for flags, setting in ((["--small"], ""), ([], "true")):
+        monkeypatch.setenv("OMNISPEECH_SMALL", setting)
+        status, findings = found(tmp_path, capsys, *flags)
+        assert status == 0 and not words(findings, "download")
+        told = f"startup.py puts the small model there: OpenS2S, {DECODER}"
+        assert told in words(findings, "models", "note")
+        assert not list(tmp_path.iterdir())
+    room(10**6)
+    assert words(found(tmp_path, capsys)[1], "disk", "wrong").startswith("1.0 MB are free")
+    status, findings = found(tmp_path, capsys, "--no-small")
+    assert status == 1 and words(findings, "download", "wrong")
+
+
+def test_half_of_the_small_model_is_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_small(tmp_path)
+    assert ask(tmp_path) == 0
+    shutil.rmtree(tmp_path / DECODER)
+    assert ask(tmp_path, "--small") == 0
+    capsys.readouterr()
+    status, findings = found(tmp_path, capsys)
+    assert status == 1 and "is of the small model and fits" in words(findings, "models", "wrong")
 
 
 def test_what_a_start_would_miss_after_its_fetch_is_wrong(

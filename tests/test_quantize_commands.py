@@ -193,7 +193,7 @@ def test_a_failure_is_no_success(models: Path, capsys: pytest.CaptureFixture[str
     (models / "OpenS2S" / "config.json").unlink()
     assert quantize_llm(models) == 2
     said = capsys.readouterr()
-    assert "config.json is missing" in said.err and "omnispeech tiny" in said.err
+    assert "config.json is missing" in said.err and "omnispeech small" in said.err
     assert said.out == ""
 
 

@@ -80,8 +80,8 @@ def test_a_model_that_is_not_there_is_named_with_the_command_that_brings_it(
 ) -> None:
     cases: list[tuple[Callable[[], int], str]] = [
         (lambda: quantize(tmp_path / "none"), "hf download"),
-        (lambda: quantize_llm(tmp_path), f"omnispeech tiny {tmp_path}"),
-        (lambda: commands.quantize_model_once(["--models", str(tmp_path)]), "omnispeech tiny"),
+        (lambda: quantize_llm(tmp_path), f"omnispeech small {tmp_path}"),
+        (lambda: commands.quantize_model_once(["--models", str(tmp_path)]), "omnispeech small"),
     ]
     for run, advice in cases:
         assert run() == 2

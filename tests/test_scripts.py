@@ -1,6 +1,7 @@
 """The scripts, with the environment of these tests in place of their own."""
 
 import os
+import pty
 import socket
 import subprocess
 import sys
@@ -32,11 +33,15 @@ def program(path: Path, line: str) -> None:
     path.chmod(0o755)
 
 
-def run(place: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(
+    place: Path, *arguments: str, stdout: int = subprocess.PIPE, **variables: str
+) -> subprocess.CompletedProcess[str]:
     environ = {n: v for n, v in os.environ.items() if not n.startswith("OMNISPEECH_")}
     environ |= {"PATH": f"{place / 'bin'}:{environ['PATH']}"} | variables
     command = ["bash", str(place / "build_and_run.sh"), *arguments]
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, env=environ, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=60
+    )
 
 
 def fake_server(place: Path, body: str) -> int:
@@ -115,6 +120,101 @@ def test_a_local_server_takes_the_keys_of_the_models_directory(place: Path) -> N
     assert "No question was asked: OMNISPEECH_API_KEY holds no key" in ran.stdout
     ran = run(place, *local, OMNISPEECH_API_KEY="0123456789-abcdef")
     assert ran.returncode == 0 and "asked say" in ran.stdout
+
+
+# ---- the small model
+
+
+MADE = """
+case $1 in
+small) mkdir -p "$2/OpenS2S" "$2/glm-4-voice-decoder"
+    echo '"by": "omnispeech small"' > "$2/omnispeech-manifest.json";;
+esac
+echo "asked $*"
+"""
+
+
+@pytest.fixture
+def once(place: Path) -> tuple[str, ...]:
+    """Arguments with which a server answers one question on the small model."""
+    port = fake_server(place, "import os\nprint(os.environ['OMP_NUM_THREADS'], flush=True)" + READY)
+    program(place / ".venv/bin/omnispeech", MADE)
+    return ("--local", "--once", "--port", str(port))
+
+
+def test_without_models_the_small_model_is_asked(place: Path, once: tuple[str, ...]) -> None:
+    models = place / ".local/models"
+    ran = run(place, *once, OMP_NUM_THREADS="")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith(f"asked small {models}\nasked say examples/question.wav -o ")
+    assert '"repeat after me apple tiger"' in ran.stdout and "MODEL_CARD.md" in ran.stdout
+    assert ".venv/bin/python startup.py --models DIR brings it, 22 GB" in ran.stdout
+    assert (place / ".local/server.log").read_text().startswith("2\n")
+    assert "asked small" not in run(place, *once).stdout  # it is there
+
+
+def test_the_reply_is_played_to_somebody_at_a_terminal(place: Path, once: tuple[str, ...]) -> None:
+    program(place / "bin/afplay", f'echo "$@" > {place}/played')
+    run(place, *once)
+    assert not (place / "played").exists()
+    ours, theirs = pty.openpty()
+    ran = run(place, *once, stdout=theirs)
+    os.close(theirs)
+    os.close(ours)
+    assert ran.returncode == 0, ran.stderr
+    assert (place / "played").read_text() == f"{place}/reply.wav\n"
+
+
+@pytest.mark.parametrize("by", ["tiny", "small"])
+def test_what_an_earlier_version_made_makes_way_and_is_kept(
+    place: Path, once: tuple[str, ...], by: str
+) -> None:
+    models = place / ".local/models"
+    for folder in (models, place / "omnispeech/small"):
+        (folder / "OpenS2S/tts").mkdir(parents=True)
+        (folder / "glm-4-voice-decoder").mkdir()
+        (folder / "OpenS2S/tts/tokenizer.json").write_text(str(folder))
+    (models / "omnispeech-manifest.json").write_text(f'{{"by": "omnispeech {by}",\n "seed": 0}}')
+    ran = run(place, *once)
+    assert ran.returncode == 0, ran.stderr
+    [old] = place.glob(".local/models-old-*")
+    assert (old / "OpenS2S/tts/tokenizer.json").read_text() == str(models)
+    assert f"was moved to {old}: delete" in ran.stdout
+    assert f"asked small {models}\n" in ran.stdout
+
+
+def test_the_small_model_of_this_version_stays(place: Path, once: tuple[str, ...]) -> None:
+    models = place / ".local/models"
+    for folder in (models, place / "omnispeech/small"):
+        (folder / "OpenS2S").mkdir(parents=True)
+        (folder / "glm-4-voice-decoder").mkdir()
+        (folder / "OpenS2S/vocab.json").write_text("the same")
+    (models / "glm-4-voice-decoder/flow.safetensors").touch()  # a conversion
+    (models / "omnispeech-manifest.json").write_text('{"by": "omnispeech small"}')
+    ran = run(place, *once)
+    assert ran.returncode == 0 and "asked small" not in ran.stdout and "moved" not in ran.stdout
+
+
+@pytest.mark.parametrize("name", ["OpenS2S", "OpenS2S-8bit"])
+def test_what_somebody_put_there_himself_is_kept_and_used(
+    place: Path, once: tuple[str, ...], name: str
+) -> None:
+    models = place / ".local/models"
+    (models / name).mkdir(parents=True)
+    (models / "glm-4-voice-decoder").mkdir()
+    ran = run(place, *once)
+    assert ran.returncode == 0, ran.stderr
+    assert "asked small" not in ran.stdout and "This is the small model" not in ran.stdout
+
+
+def test_one_that_was_cut_short_is_completed(place: Path, once: tuple[str, ...]) -> None:
+    (place / ".local/models/OpenS2S").mkdir(parents=True)
+    assert "asked small" in run(place, *once).stdout
+
+
+def test_models_that_are_named_are_taken_as_they_are(place: Path, once: tuple[str, ...]) -> None:
+    ran = run(place, *once, "--models", str(place / "none"))
+    assert "asked small" not in ran.stdout and not (place / ".local/models").exists()
 
 
 def test_a_server_that_ends_while_another_answers_is_not_believed(place: Path) -> None:

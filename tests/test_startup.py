@@ -1,5 +1,6 @@
 """`startup.py`: what it brings, what it refuses, and that it becomes the worker."""
 
+import errno
 import logging
 import os
 import re
@@ -9,8 +10,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -23,6 +25,7 @@ from omnispeech.checkpoint.decoder import load_decoder
 from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.checkpoint.models_directory import choose_sources
 from omnispeech.errors import OmniSpeechError
+from omnispeech.small.directory import complete_small, is_as_shipped, write_small
 from omnispeech.tiny.directory import write_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -375,6 +378,182 @@ def test_a_wavlm_is_fetched_where_one_is_asked_for(
     del files["flax_model.msgpack"]
     assert found(models / "wavlm-base-plus") == files
     assert caplog.messages[-1] == "✅ All 3 models are ready!"
+
+
+# ---- the small model
+
+
+def holds_small(models: Path) -> bool:
+    return all(is_as_shipped(models / name) for name in NAMES)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    write_small(tmp_path / "small")
+    return tmp_path / "small"
+
+
+@pytest.mark.parametrize("way", ["flag", "variable", "file"])
+def test_an_empty_directory_gets_the_small_model_where_it_is_asked_for(
+    hub: Hub,
+    tmp_path: Path,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    flags = {"flag": ["--small"], "file": ["--config", str(tmp_path / "settings.toml")]}
+    (tmp_path / "settings.toml").write_text("small = true\n")
+    if way == "variable":
+        monkeypatch.setenv("OMNISPEECH_SMALL", "yes")
+    models = tmp_path / "models"
+    command = start(models, *flags.get(way, []))
+    assert holds_small(models) and not hub.requests
+    assert "--small" not in command[2:]
+    assert f"putting the small model into {models}: OpenS2S, glm-4-voice-decoder" in caplog.messages
+    assert caplog.messages[-1] == READY
+    assert {"flow.safetensors", "hift.safetensors"} <= found(models / NAMES[1]).keys()
+    Manifest(models).check(NAMES[0], deep=True)
+
+
+def test_a_later_start_without_the_flag_takes_the_small_model_and_tells_the_way_to_the_other(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start(tmp_path, "--small")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    caplog.set_level(logging.INFO)
+    for flags in ([], ["--small"]):
+        caplog.clear()
+        start(tmp_path, *flags)
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+        assert f"{tmp_path} holds the small model" in caplog.text
+        assert f"22 GB: omnispeech fetch --update --models {tmp_path}\n" in caplog.text
+        assert "--small changes" not in caplog.text and "this version" not in caplog.text
+    assert not hub.requests
+    assert cli.main(["fetch", "--update", "--models", str(tmp_path)]) == 0
+    caplog.clear()
+    start(tmp_path)
+    assert "small" not in caplog.text and (tmp_path / "OpenS2S" / SHARD).exists()
+
+
+def test_another_model_that_is_there_is_used_and_the_log_says_so(
+    hub: Hub, models: Path, by_hand: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    start(by_hand, "--small")
+    assert f"--small changes nothing: {by_hand} holds another model" in caplog.messages
+    shutil.rmtree(models / NAMES[1])
+    start(models, "--small")  # what the other model lacks is its own
+    assert hub.sent.keys() == {"config.yaml", "flow.pt", "hift.pt"} and not holds_small(models)
+
+
+def test_the_decoder_of_another_model_alone_is_no_reason_for_a_download(
+    hub: Hub, models: Path
+) -> None:
+    shutil.rmtree(models / "OpenS2S")
+    with pytest.raises(OmniSpeechError, match="decoder is there already, and the small model"):
+        start(models, "--small")
+    assert not hub.requests and not (models / "OpenS2S").exists()
+
+
+def test_two_starts_at_once_put_one_small_model_there(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(omnispeech.startup, "complete_small", twice)
+    start(tmp_path, "--small")
+    assert holds_small(tmp_path)
+
+
+def twice(models: Path) -> None:
+    """As if another start had been quicker."""
+    complete_small(models)
+    before = (models / "OpenS2S").stat().st_ino
+    complete_small(models)
+    assert (models / "OpenS2S").stat().st_ino == before
+
+
+def test_a_read_only_directory_with_the_small_model_is_used(
+    hub: Hub, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(small)
+    monkeypatch.setattr(Path, "open", refuse_to_write(Path.open))
+    start(small, "--small")
+    with pytest.raises(OmniSpeechError, match="nothing can be written to the models directory"):
+        start(small.parent / "empty", "--small")
+
+
+def refuse_to_write(opened: Callable[..., Any]) -> Callable[..., Any]:
+    def open_(path: Path, mode: str = "r", *rest: Any, **named: Any) -> Any:
+        if "w" in mode:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return opened(path, mode, *rest, **named)
+
+    return open_
+
+
+@pytest.mark.parametrize("gone", NAMES)
+def test_half_of_the_small_model_is_never_made_whole_by_another(
+    hub: Hub, small: Path, gone: str
+) -> None:
+    shutil.rmtree(small / gone)
+    (kept,) = set(NAMES) - {gone}
+    told = f"{small / kept} is of the small model and fits no other {gone} than its own, which is"
+    command = f"omnispeech small {small}"
+    with pytest.raises(OmniSpeechError, match=f"{told} missing; .*: {command}, for the published"):
+        start(small)
+    assert not hub.requests
+    start(small, "--small")
+    assert holds_small(small)
+    shutil.rmtree(small / gone)
+    assert cli.main(command.split()[1:]) == 0
+    start(small)
+
+
+def test_half_of_the_small_model_beside_another_is_refused(
+    hub: Hub, small: Path, published: Path
+) -> None:
+    shutil.rmtree(small / NAMES[1])
+    Manifest(small).forget(NAMES[1])
+    shutil.copytree(published / NAMES[1], small / NAMES[1])
+    told = "fits no other glm-4-voice-decoder than its own, which is not the one there"
+    for flags in ([], ["--small"]):
+        with pytest.raises(OmniSpeechError, match=told):
+            start(small, *flags)
+    assert not hub.requests
+
+
+def test_the_small_model_of_another_version_stays_and_the_new_one_is_named(
+    hub: Hub, small: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (small / "OpenS2S/README.md").write_text("of another version")
+    Manifest(small).enter("OpenS2S", {"by": "omnispeech small"})
+    caplog.set_level(logging.INFO)
+    start(small, "--small")
+    old = f"{small / NAMES[0]} and {small / NAMES[1]}"
+    words = f"move {old} away, then: omnispeech small {small}"
+    assert f"this version brings another one: {words}" in caplog.messages
+    shutil.rmtree(small / NAMES[1])
+    with pytest.raises(OmniSpeechError, match="is missing; .* away, then: omnispeech small"):
+        start(small, "--small")  # the new half would not fit the old one
+    assert not hub.requests
+
+
+def test_a_damaged_small_model_is_mended_without_a_hub(hub: Hub, small: Path) -> None:
+    (small / "OpenS2S/tokenizer.json").write_text("{}")
+    told = rf"\(to put the small model back: move .* away, then: omnispeech small {small}\)"
+    with pytest.raises(OmniSpeechError, match=told):
+        start(small)
+    assert not hub.requests
+
+
+def test_a_stop_while_the_small_model_is_written_leaves_nothing_that_counts(
+    hub: Hub, tmp_path: Path
+) -> None:
+    """Where the process is the first of a container, its number is the same the next time."""
+    for name in NAMES:
+        (tmp_path / f".{name}.{os.getpid()}.partial").mkdir()
+    start(tmp_path, "--small")
+    assert holds_small(tmp_path) and not list(tmp_path.glob(".*.partial"))
 
 
 def program(models: Path, *flags: str) -> "subprocess.Popen[str]":

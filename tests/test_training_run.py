@@ -5,7 +5,7 @@ import logging
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from training import stages
 from training.answers import UNITS, VOICE
 from training.export import MOST_BYTES, bytes_in, half, tell_size
 from training.fitting import Clock, Fitting
+from training.recordings import JUDGED, TRAINED
 from training.stages import STAGES
 from training.voices import FLITE, Voice, speak
 
@@ -132,6 +133,17 @@ def test_a_voice_says_the_same_every_time(voice: Voice) -> None:
     sound = speak("apple, seven", voice)
     assert 0.3 < len(sound) / 22_050 < 3 and np.abs(sound).max() > 0.05
     assert np.array_equal(speak("apple, seven", voice), sound)
+
+
+@needs_voices
+def test_no_held_out_voice_sounds_as_one_that_is_trained_on() -> None:
+    def sounds(languages: Iterable[str], variants: Iterable[str]) -> set[bytes]:
+        voices = (Voice(f"{a}+{b}") for a in set(languages) for b in variants)
+        return {speak("apple", voice).tobytes() for voice in voices}
+
+    bare = sounds(TRAINED.languages, ("", "whisper"))
+    assert not bare & sounds(JUDGED.languages, JUDGED.variants)
+    assert not sounds(["en-us"], TRAINED.variants) & sounds(["en-us"], JUDGED.variants)
 
 
 def test_a_line_of_progress_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

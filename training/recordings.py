@@ -67,6 +67,7 @@ class Voices:
     """Of whom dialogues are said, each by one."""
 
     variants: tuple[str, ...] = ()  # of espeak-ng
+    languages: tuple[str, ...] = LANGUAGES
     people: tuple[str, ...] = ()  # of flite
     by_people: float = 0.0  # part of the dialogues
 
@@ -75,14 +76,15 @@ class Voices:
         if self.by_people and rng.random() < self.by_people:
             name, speeds = FLITE + rng.choice(self.people), (140, 200)
         else:
-            name = f"{rng.choice(LANGUAGES)}+{rng.choice(self.variants)}"
+            name = f"{rng.choice(self.languages)}+{rng.choice(self.variants)}"
             speeds = (125, 205)
         stretch = rng.uniform(0.9, 1.12) if rng.random() < 0.6 else 1.0
         return Voice(name, rng.randint(*speeds), rng.randint(20, 80)), stretch
 
 
-TRAINED = Voices(VARIANTS, ("slt", "awb", "kal16", "kal"), 0.3)
-JUDGED = Voices(HELD_OUT)
+TRAINED = Voices(VARIANTS, people=("slt", "awb", "kal16", "kal"), by_people=0.3)
+# espeak-ng's en-gb has no variants: it is one voice, which is trained on.
+JUDGED = Voices(HELD_OUT, tuple(language for language in LANGUAGES if language != "en-gb"))
 STRANGERS = Voices(people=("rms",), by_people=1.0)  # made of what another person said
 
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "OpenS2S-8bit": "python quantize_model_once.py",
     "OpenS2S-speech-lm-awq": "python quantize_llm_awq.py --part speech_lm",
 }
+SMALL = "omnispeech small"  # in the manifest: what made it
 METHODS = {
     "OpenS2S-llm-awq": "awq",
     "OpenS2S-llm-gptq": "gptq",
@@ -154,8 +155,8 @@ def _need(directory: Path, name: str, coming: Collection[str]) -> Path:
     if name not in coming and not is_there(directory / name):
         raise CheckpointError(
             f"{directory / name} is missing; point --models or OMNISPEECH_MODELS at a models "
-            f"directory, bring it with: {fetch_command(directory, name)}, or make a small random "
-            f"one with: omnispeech tiny {directory}"
+            f"directory, bring it with: {fetch_command(directory, name)}, or begin with the small "
+            f"model that comes with omnispeech: {small_command(directory)}"
         )
     return directory / name
 
@@ -216,6 +217,23 @@ def fetch_command(directory: Path, name: str) -> str:
     return f"omnispeech fetch {name} --models {shlex.quote(str(directory))}"
 
 
+def small_command(directory: Path) -> str:
+    """What puts the small model into an empty models directory, or what it lacks."""
+    return f"omnispeech small {shlex.quote(str(directory))}"
+
+
+def small_anew(directory: Path) -> str:
+    """How the small model takes the place of what is there, in words."""
+    paths = " and ".join(str(directory / name) for name in (OPENS2S, DECODER))
+    return f"move {paths} away, then: {small_command(directory)}"
+
+
+def made_by(path: Path) -> str:
+    """What the manifest says about a directory; empty if it is not entered."""
+    manifest = Manifest(path.parent)
+    return manifest.entry(path.name).made.get("by", "") if path.name in manifest.names() else ""
+
+
 def train_command(directory: Path) -> str:
     """What trains the bridge of the models directory `directory`."""
     return f"omnispeech train-bridge --models {shlex.quote(str(directory))}"
@@ -232,6 +250,8 @@ def make_command(path: Path) -> str:
 
 def mending(directory: Path) -> str:
     """The command that makes or brings a directory again, in words; empty where there is none."""
+    if made_by(directory) == SMALL:
+        return f"to put the small model back: {small_anew(directory.parent)}"
     if directory.name in (OPENS2S, DECODER, WAVLM):
         return f"to mend it: {fetch_command(directory.parent, directory.name)}"
     if directory.name in COMMANDS:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from omnispeech.checkpoint.files import size_text
 from omnispeech.checkpoint.manifest import Manifest
-from omnispeech.checkpoint.models_directory import Sources, check, check_place
+from omnispeech.checkpoint.models_directory import OPENS2S, Sources, check, check_place
 from omnispeech.checkpoint.weight_plan import Target
 from omnispeech.config import HubConfig, PlaceConfig
 from omnispeech.deployment import machine
@@ -25,10 +25,15 @@ from omnispeech.download.models import MODELS, Model, known_model, mend_command
 from omnispeech.download.present import fetched_size, room_for
 from omnispeech.quantization.memory import free_memory
 from omnispeech.service import Settings, choose_target
+from omnispeech.small.directory import check_pair, lacking, shipped_size
+from omnispeech.startup import names_of
 
 
-def examine(settings: Settings, hub: HubConfig) -> list[Finding]:
-    """Nothing is loaded or fetched; what was found, in the order in which a start would meet it."""
+def examine(settings: Settings, hub: HubConfig, *, small: bool = False) -> list[Finding]:
+    """Nothing is loaded or fetched; what was found, in the order in which a start would meet it.
+
+    small: of startup.py.
+    """
     findings = [machine.versions(), *machine.environment()]
     target = None
     with complaints("port", findings):
@@ -38,23 +43,38 @@ def examine(settings: Settings, hub: HubConfig) -> list[Finding]:
     with complaints("device", findings):
         target = choose_target(settings.place)
         findings.append(machine.device(target))
-    models, coming = Path(settings.place.models), list[str]()
+    models, coming, packed = Path(settings.place.models), list[str](), list[str]()
     with complaints("models", findings):
         check_place(models)
         coming = missing(models, settings.place)
+        packed = _packed(models, settings.place, hub, wanted=small)
     if not good([finding for finding in findings if finding.topic == "models"]):
         return findings
+    if packed:
+        words = f"startup.py puts the small model there: {', '.join(packed)}"
+        findings.append(Finding("note", "models", words))
     sources = _sources(settings, models, coming, findings)
-    needed = 0
+    needed = shipped_size() if packed else 0
     if sources is not None and target is not None and not coming:
         with complaints("weights", findings):
             needed = _written(sources, target, settings.place)
             findings += preparation(sources, target, prepare=settings.place.prepare)
             findings += memory(memory_need(sources, target, settings.engine), target)
     with complaints("disk", findings):
-        findings += _disk(models, [known_model(name, hub) for name in coming], hub, needed)
+        fetched = [known_model(name, hub) for name in coming if name not in packed]
+        findings += _disk(models, fetched, hub, needed)
     findings.append(machine.caches(models))
     return findings
+
+
+def _packed(models: Path, place: PlaceConfig, hub: HubConfig, *, wanted: bool) -> list[str]:
+    """Names of directories that come with omnispeech, and not from the hub."""
+    if OPENS2S not in names_of(models, place):
+        return []
+    names = lacking(models) if wanted else []
+    if not names:
+        check_pair(models, hub)
+    return names
 
 
 def _written(sources: Sources, target: Target, place: PlaceConfig) -> int:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omnispeech.checkpoint.manifest import FileRecord, Manifest, record_file
-from omnispeech.checkpoint.models_directory import fetch_command, is_there
+from omnispeech.checkpoint.models_directory import SMALL, fetch_command, is_there, made_by
 from omnispeech.checkpoint.whole_file import size_text
 from omnispeech.config import HubConfig
 from omnispeech.download.hub import FAILURES, Hub, HubFile, Listing, offline, offline_mode
 from omnispeech.download.lock import locked
-from omnispeech.download.models import Model, known_model
+from omnispeech.download.models import Model, known_model, publish_command
 from omnispeech.download.partial import Partial
 from omnispeech.download.present import ENTERED, compare, is_entered, room_for
 from omnispeech.download.progress import Progress
@@ -72,6 +72,8 @@ def fetch_all(
     paths = [models_directory / known_model(name, hub).name for name in names]
     source = Hub(hub.hub_endpoint)
     with locked(models_directory):
+        if not update:
+            _refuse_small(paths, hub)
         lacking = [path.name for path in paths if deep or not is_entered(path)]
         wanted = [known_model(name, hub) for name in lacking]
         found = [_plan(model, models_directory, source, patience, update) for model in wanted]
@@ -80,6 +82,16 @@ def fetch_all(
         for plan in plans:
             _bring(plan, source, patience, hub.connections)
     return paths
+
+
+def _refuse_small(paths: Sequence[Path], hub: HubConfig) -> None:
+    """Whole as it is, it is not what is asked for."""
+    for path in paths:
+        if is_there(path) and made_by(path) == SMALL:
+            raise CheckpointError(
+                f"{path} is of the small model that comes with omnispeech; for the published one "
+                f"in its place: {publish_command(path.parent, hub)}"
+            )
 
 
 def _plan(

@@ -65,9 +65,19 @@ MODELS = models(HubConfig())
 
 def mend_command(path: Path, hub: HubConfig) -> str:
     """What brings the directory `path`, or what it lacks, from the hub that is set."""
+    return " ".join([fetch_command(path.parent, path.name), *_flags(hub)])
+
+
+def publish_command(models_directory: Path, hub: HubConfig) -> str:
+    """What brings OpenS2S and decoder from the hub that is set, in place of what is there."""
+    place = shlex.quote(str(models_directory))
+    return " ".join([f"omnispeech fetch --update --models {place}", *_flags(hub)])
+
+
+def _flags(hub: HubConfig) -> list[str]:
+    """The settings of a hub as flags, those that are no defaults."""
     given = {f.name: getattr(hub, f.name) for f in fields(hub) if getattr(hub, f.name) != f.default}
-    flags = [f"--{name.replace('_', '-')} {shlex.quote(str(given[name]))}" for name in given]
-    return " ".join([fetch_command(path.parent, path.name), *flags])
+    return [f"--{name.replace('_', '-')} {shlex.quote(str(given[name]))}" for name in given]
 
 
 def known_model(name: str, hub: HubConfig) -> Model:

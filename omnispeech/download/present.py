@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from omnispeech.checkpoint.manifest import FileRecord, Manifest, record_file
-from omnispeech.checkpoint.models_directory import check, is_there
+from omnispeech.checkpoint.models_directory import SMALL, check, is_there, made_by, mending
 from omnispeech.checkpoint.whole_file import size_text
 from omnispeech.config import HubConfig
 from omnispeech.download.lock import locked
@@ -53,7 +53,9 @@ def settle(path: Path, hub: HubConfig) -> bool:
     try:
         check(manifest, path.name) if entered else take_over(path)
     except CheckpointError as exc:
-        raise CheckpointError(f"{exc} (to mend it: {mend_command(path, hub)})") from exc
+        of_hub = f"to mend it: {mend_command(path, hub)}"
+        words = mending(path) if made_by(path) == SMALL else of_hub
+        raise CheckpointError(f"{exc} ({words})") from exc
     if entered:
         _tidy(path)
     return True

@@ -30,7 +30,7 @@ from omnispeech.quantize_cli.streams import say
 
 FETCH = (
     "point --models or OMNISPEECH_MODELS at a models directory, bring it with: omnispeech fetch "
-    "OpenS2S --models {0}, or make a small random one: omnispeech tiny {0}"
+    "OpenS2S --models {0}, or begin with the small model: omnispeech small {0}"
 )
 RESTART = "docker restart opens2s-server (without Docker: start model_worker.py again)"
 OUTLIERS = "outlier.json"  # of --max_quality, in the result

@@ -1,15 +1,11 @@
 """Writes a models directory: an OpenS2S checkpoint and a speech decoder that fits it."""
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.checkpoint.models_directory import DECODER, OPENS2S
+from omnispeech.checkpoint.new_directories import make_directories
 from omnispeech.checkpoint.wavlm_paths import WAVLM
-from omnispeech.checkpoint.whole_file import sync
-from omnispeech.errors import CheckpointError
 from omnispeech.tiny.decoder import write_decoder
 from omnispeech.tiny.opens2s import write_opens2s
 from omnispeech.tiny.shape import TinyShape
@@ -31,32 +27,5 @@ def write_tiny(
     }
     if wavlm:
         writers[WAVLM] = lambda path: write_wavlm(path, seed, shape.wavlm)
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory} is not a directory")
-    for name in writers:
-        _refuse_occupied(directory / name)
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = {name: directory / f".{name}.{os.getpid()}.partial" for name in writers}
-    try:
-        for name, write in writers.items():
-            partial[name].mkdir()
-            write(partial[name])
-            _sync(partial[name])
-        for name, path in partial.items():
-            os.replace(path, directory / name)
-            Manifest(directory).enter(name, {"by": "omnispeech tiny", "seed": seed})
-    finally:
-        for path in partial.values():
-            shutil.rmtree(path, ignore_errors=True)
+    make_directories(directory, writers, {"by": "omnispeech tiny", "seed": seed})
     return list(writers)
-
-
-def _refuse_occupied(path: Path) -> None:
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise CheckpointError(f"{path} is there already; name another directory, or delete it")
-
-
-def _sync(directory: Path) -> None:
-    for path in directory.rglob("*"):
-        if path.is_file():
-            sync(path)

@@ -1,0 +1,270 @@
+"""The small model: its files are a part of the package, and what writes them into a directory."""
+
+import errno
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from glob import glob
+from pathlib import Path
+
+import pytest
+from download_models import found
+from hub_server import Hub, serving
+
+from omnispeech import cli
+from omnispeech.checkpoint.complete import check_complete
+from omnispeech.checkpoint.manifest import Manifest
+from omnispeech.download.lock import locked
+from omnispeech.errors import CheckpointError
+from omnispeech.small import directory
+from omnispeech.small.directory import (
+    CARD,
+    NAMES,
+    PLACE,
+    is_small,
+    lacking,
+    shipped,
+    shipped_size,
+    write_small,
+)
+from omnispeech.tiny.directory import write_tiny
+
+ROOT = Path(__file__).parent.parent
+OPENS2S, DECODER = NAMES
+KINDS = {".json", ".txt", ".safetensors", ".yaml", ".pt"}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("small") / "models"
+    write_small(place)
+    return place
+
+
+@pytest.fixture
+def models(written: Path, tmp_path: Path) -> Path:
+    place = tmp_path / "models"
+    shutil.copytree(written, place)  # with the times of the manifest
+    return place
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """Holds two models of random weights."""
+    write_tiny(tmp_path / "published")
+    repositories = ("CASIA-LM/OpenS2S", "THUDM/glm-4-voice-decoder")
+    files = {repo: found(tmp_path / "published" / repo.partition("/")[2]) for repo in repositories}
+    with serving(Hub(files)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        yield server
+
+
+# ---- the files
+
+
+def in_package() -> set[str]:
+    """All but Python's."""
+    paths = (p.relative_to(PLACE) for p in PLACE.rglob("*") if p.is_file())
+    return {p.as_posix() for p in paths if p.suffix not in (".py", ".pyc")}
+
+
+def test_it_takes_fifteen_megabytes_at_most() -> None:
+    assert 1e6 < shipped_size() <= 15e6
+
+
+def test_nothing_else_lies_beside_it() -> None:
+    """Such as what a server writes that was pointed there."""
+    names = {f"{name}/{file}" for name in NAMES for file in shipped(name)} - {"OpenS2S/README.md"}
+    assert in_package() == names | {CARD.name}
+    assert {Path(name).suffix for name in names} == KINDS
+    assert not [name for name in names if name.startswith(f"{DECODER}/") and "safetensors" in name]
+
+
+def test_every_file_is_in_the_wheel() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = settings["tool"]["setuptools"]["package-data"]["omnispeech.small"]
+    taken = {p for pattern in patterns for p in glob(pattern, root_dir=PLACE, recursive=True)}
+    assert {p for p in taken if (PLACE / p).is_file()} == in_package()
+
+
+def test_git_ignores_none_of_it() -> None:
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("needs git, and a clone")
+    paths = [str(PLACE / name) for name in in_package()]
+    ran = subprocess.run(["git", "check-ignore", "--no-index", *paths], cwd=ROOT)
+    assert ran.returncode == 1
+
+
+# ---- the command
+
+
+def test_it_is_whole_entered_and_says_what_made_it(models: Path) -> None:
+    for name in NAMES:
+        Manifest(models).check(name, deep=True)
+        assert Manifest(models).entry(name).made == {"by": "omnispeech small"}
+        assert is_small(models / name)
+        contents = {file: path.read_bytes() for file, path in shipped(name).items()}
+        assert found(models / name) == contents
+    assert (models / OPENS2S / "README.md").read_bytes() == CARD.read_bytes()
+    for name in NAMES:
+        check_complete(models / name)
+
+
+def test_the_command_says_what_it_wrote_and_verify_finds_it_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["small", str(tmp_path / "a/b")]) == 0
+    told = f"wrote OpenS2S and glm-4-voice-decoder under {tmp_path / 'a/b'}\n"
+    assert capsys.readouterr().out == told
+    assert cli.main(["verify", "--models", str(tmp_path / "a/b"), "--deep"]) == 0
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys, omnispeech.small.directory; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_what_is_there_already_is_left_alone(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = found(models)
+    assert cli.main(["small", str(models)]) == 1
+    said = f"omnispeech: {models / OPENS2S} is there already; name another directory, or delete it"
+    assert said in capsys.readouterr().err
+    assert found(models) == before
+
+
+def test_beside_another_model_no_half_of_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / DECODER).mkdir()
+    (tmp_path / DECODER / "flow.pt").touch()
+    with pytest.raises(CheckpointError, match=f"{DECODER} is there already"):
+        write_small(tmp_path)
+    assert not (tmp_path / OPENS2S).exists() and Manifest(tmp_path).names() == []
+
+
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert cli.main(["small", str(tmp_path / "file")]) == 1
+
+
+def test_what_is_written_is_like_any_new_file_whatever_the_package_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "package"
+    shutil.copytree(PLACE, place)
+    for path in place.rglob("*"):
+        path.chmod(0o500 if path.is_dir() else 0o400)
+    monkeypatch.setattr(directory, "PLACE", place)
+    monkeypatch.setattr(directory, "CARD", place / CARD.name)
+    before = os.umask(0o022)
+    try:
+        write_small(tmp_path / "models")
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "models").rglob("*/**/*")}
+    assert modes == {0o644, 0o755}
+    assert {stat.S_IMODE((tmp_path / "models" / name).stat().st_mode) for name in NAMES} == {0o755}
+
+
+def test_a_full_disk_leaves_nothing_and_says_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(source: Path, target: Path) -> None:
+        target.write_bytes(source.read_bytes()[:10])
+        if target.name == "hift.pt":
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(CheckpointError, match=r"disk of .* is full .*takes 1\d\.\d MB: make room"):
+        write_small(tmp_path)
+    assert [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from omnispeech.small import directory
+event, count = sys.argv[2], int(sys.argv[3])
+def watch(name, *_):
+    global count
+    if name == event:
+        count -= 1
+        if count < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(watch)
+directory.write_small(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("event", "count"),
+    [
+        pytest.param("shutil.copyfile", 1, id="early"),
+        pytest.param("shutil.copyfile", 15, id="late"),
+        pytest.param("os.rename", 0, id="without a name"),
+        pytest.param("os.rename", 1, id="named and not entered"),
+        pytest.param("os.rename", 2, id="one of two"),
+    ],
+)
+def test_what_a_kill_has_left_is_completed_by_the_same_command(
+    tmp_path: Path, event: str, count: int
+) -> None:
+    command = [sys.executable, "-B", "-c", KILLED, str(tmp_path), event, str(count)]
+    assert subprocess.run(command, cwd=ROOT).returncode == -9
+    named = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")]
+    assert set(named) <= {OPENS2S, "omnispeech-manifest.json"}
+    assert lacking(tmp_path) == [name for name in NAMES if name not in named]
+    assert write_small(tmp_path) == [name for name in NAMES if name not in named]
+    for name in NAMES:
+        Manifest(tmp_path).check(name, deep=True)
+        assert Manifest(tmp_path).entry(name).made == {"by": "omnispeech small"}
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_two_that_write_at_once_do_not_meet(tmp_path: Path) -> None:
+    code = "import sys; from omnispeech.cli import main; sys.exit(main())"
+    with locked(tmp_path):
+        command = [sys.executable, "-c", code, "small", str(tmp_path)]
+        processes = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert sorted(process.wait(60) for process in processes) == [0, 1]
+    for name in NAMES:
+        Manifest(tmp_path).check(name, deep=True)
+
+
+# ---- the hub
+
+
+def test_fetch_does_not_take_it_for_the_published_one(
+    models: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["fetch", "--models", str(models)]) == 1
+    command = f"omnispeech fetch --update --models {models}"
+    said = capsys.readouterr().err
+    assert f"{models / OPENS2S} is of the small model that comes with omnispeech" in said
+    assert said.endswith(f"for the published one in its place: {command}\n")
+    assert not hub.requests
+    assert cli.main(command.split()[1:]) == 0
+    for name in NAMES:
+        assert not is_small(models / name)
+        assert Manifest(models).entry(name).made["by"] == "omnispeech fetch"
+        assert found(models / name).items() >= found(models.parent / "published" / name).items()
+    check_complete(models / OPENS2S)
+    check_complete(models / DECODER)
+
+
+def test_a_damaged_one_is_put_back_from_the_package(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (models / DECODER / "flow.pt").write_bytes(b"no")
+    assert cli.main(["verify", "--models", str(models)]) == 1
+    told = capsys.readouterr().out
+    words = f"move {models / OPENS2S} and {models / DECODER} away, then: omnispeech small {models}"
+    assert f"(to put the small model back: {words})" in told
+    for name in NAMES:
+        (models / name).rename(models / f"{name}.old")
+    assert cli.main(["small", str(models)]) == 0
+    assert cli.main(["verify", "--models", str(models)]) == 0
