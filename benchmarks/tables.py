@@ -1,6 +1,6 @@
-"""Figures of bench.py quantize, for people to read."""
+"""Figures of bench.py quantize and accuracy, for people to read."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,3 +112,29 @@ def quality_table(quality: Figures) -> str:
         top1 = "/".join(f"{r['seeds'][0]['divergence']['top1']:.3f}" for r in results)
         lines.append("| " + " | ".join([method, *kl, top1]) + " |")
     return "\n".join(lines)
+
+
+def accuracy_table(rows: Figures) -> str:
+    """Of bench.py accuracy: the ceiling of the judge, then each row; sampled / greedy."""
+    lines = [
+        "| quantized | language models | KL of the text | KL of the units | text right "
+        "| words heard | sentences heard |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        ways = [row[way] for way in ("sampled", "greedy") if way in row]
+        cells = _own_cells(row) if ways else ["recordings of the right answers", "", "", ""]
+        heard = [way["heard"] for way in ways or [row]]
+        cells += [_pair(one["accuracy"] for one in heard), _pair(one["exact"] for one in heard)]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _own_cells(row: Figures) -> list[str]:
+    kl = [f"{row['divergence'][part]['kl']:.1e}" for part in ("text", "units")]
+    right = _pair(row[way]["text_right"] for way in ("sampled", "greedy"))
+    return [f"{row['bytes'] / 1e6:.2f} MB", *kl, right]
+
+
+def _pair(values: Iterable[float]) -> str:
+    return " / ".join(f"{value:.3f}" for value in values)

@@ -1,16 +1,24 @@
 """What the benchmark measures with; its figures are no test."""
 
+import asyncio
 import math
+import random
 import sys
+import time
 
 import pytest
 import torch
+from fake_engine import DONE, FakeEngine, serving, sound
 
 import bench
+from benchmarks import talks
 from benchmarks.corpus import PARTS, part_of, pieces
 from benchmarks.divergence import divergence
+from benchmarks.questions import Question, first_questions
 from benchmarks.sound import Ear, mixture
 from benchmarks.tables import ROWS, rows_table
+from benchmarks.talkers import Habits, Notes, Speech
+from omnispeech.engine.events import TextDelta
 
 
 @pytest.mark.parametrize(
@@ -69,3 +77,38 @@ def test_parts_that_were_not_run_are_said_so() -> None:
     assert rows_table({}).count("not run") == len(ROWS)
     shown = rows_table({"resume": {"identical": 3, "kills": 3}})
     assert "3 of 3" in shown
+
+
+def test_the_questions_have_answers_and_are_short_enough_for_the_small_model() -> None:
+    questions = first_questions()
+    assert len({question.answer for question in questions}) > 10
+    assert all(0.5 < len(question.samples) / 16_000 < 3.9 for question in questions)
+
+
+PEOPLE = {"realtime, manual": 1, "chat": 2, "speech": 4, "ws/stream": 8}
+
+
+class Patient(random.Random):
+    """Never interrupts, leaves or loses the connection."""
+
+    def random(self) -> float:
+        return 0.99
+
+
+@pytest.mark.parametrize("protocol", PEOPLE)
+def test_a_wrong_answer_is_noticed_in_every_protocol(protocol: str) -> None:
+    question = Question(first_questions()[0].samples, "Twenty.")
+    with serving(FakeEngine(TextDelta("Nin"), sound(400), TextDelta("e."), DONE)) as url:
+        notes, habits = Notes(), Habits(Patient(), 0.05, [Speech.of(question)])
+        talk = talks.person(PEOPLE[protocol], url, notes, habits, time.monotonic() + 0.7)
+        asyncio.run(talk)
+    assert notes.right.keys() == {protocol}
+    assert set(notes.right[protocol]) == {False}
+    assert notes.mistakes[0] == f"{protocol}: 'Nine.', not 'Twenty.'"
+
+
+@pytest.mark.parametrize(("least", "failures"), [(0.75, 0), (0.8, 1)])
+def test_too_many_wrong_answers_fail_the_run(least: float, failures: int) -> None:
+    notes = Notes(right={"chat": [True, True], "speech": [True, False]})
+    talks.check(notes, 1.0, 1.0, least)
+    assert len(notes.wrong) == failures
