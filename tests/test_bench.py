@@ -4,7 +4,8 @@ import asyncio
 import math
 import random
 import sys
-import time
+from collections.abc import Coroutine
+from typing import Any
 
 import pytest
 import torch
@@ -95,13 +96,21 @@ class Patient(random.Random):
         return 0.99
 
 
+async def one_answer(talk: Coroutine[Any, Any, None], notes: Notes) -> None:
+    async with asyncio.timeout(60):
+        talking = asyncio.create_task(talk)
+        while not notes.right:
+            await asyncio.sleep(0.02)
+        talking.cancel()
+        await asyncio.wait([talking])
+
+
 @pytest.mark.parametrize("protocol", PEOPLE)
 def test_a_wrong_answer_is_noticed_in_every_protocol(protocol: str) -> None:
     question = Question(first_questions()[0].samples, "Twenty.")
     with serving(FakeEngine(TextDelta("Nin"), sound(400), TextDelta("e."), DONE)) as url:
         notes, habits = Notes(), Habits(Patient(), 0.05, [Speech.of(question)])
-        talk = talks.person(PEOPLE[protocol], url, notes, habits, time.monotonic() + 0.7)
-        asyncio.run(talk)
+        asyncio.run(one_answer(talks.person(PEOPLE[protocol], url, notes, habits, math.inf), notes))
     assert notes.right.keys() == {protocol}
     assert set(notes.right[protocol]) == {False}
     assert notes.mistakes[0] == f"{protocol}: 'Nine.', not 'Twenty.'"
