@@ -180,7 +180,7 @@ tell_small_model() {
     cat <<TEXT
 This is the small model. Ask it sums to twenty ("what is nine minus four", then "and plus two"), or
 "repeat after me apple tiger"; more stands in omnispeech/small/MODEL_CARD.md. With the published
-model: $bin/python startup.py --models DIR brings it, 22 GB; then ./build_and_run.sh --local --models DIR
+model: $bin/omnispeech fetch --models DIR brings it, 22 GB; then ./build_and_run.sh --local --models DIR
 TEXT
 }
 

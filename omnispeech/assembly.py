@@ -83,7 +83,7 @@ def load_sources(
         phase.size = sum(path.stat().st_size for path in files)
     with phases.measure("load tokenizers"):
         language = language_models(base, loaded, compatible=compatible)
-    if language.units.count > decoder.flow.config.vocab_size:
+    if language.units.count != decoder.flow.config.vocab_size:
         raise CheckpointError(
             f"{base} speaks {language.units.count} units, {sources.decoder} knows "
             f"{decoder.flow.config.vocab_size}; they do not belong together"

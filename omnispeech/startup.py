@@ -30,7 +30,7 @@ from omnispeech.download.present import STOPPED, settle
 from omnispeech.logs import log_to_stdout
 from omnispeech.server.door import listen
 from omnispeech.service import Settings, choose_target, read_settings
-from omnispeech.small.directory import check_pair, complete_small, is_small, lacking, tell_small
+from omnispeech.small.directory import is_small, lacking, tell_small, write_small
 
 logger = logging.getLogger(__name__)
 
@@ -105,20 +105,19 @@ def prepare(settings: Settings, models: Path, hub: HubConfig, *, small: bool = F
     bring(first, models, settings.place, hub)
     names = names_of(models, settings.place)  # what came may hear by a WavLM
     bring([name for name in names if name not in first], models, settings.place, hub)
+    if is_small(models / OPENS2S):
+        tell_small(models, hub)
     convert_decoder(models / DECODER)
     count = len(names) + (OPENS2S not in names)
     logger.info("✅ All %d models are ready!", count)
 
 
 def bring_small(models: Path, hub: HubConfig, *, wanted: bool) -> None:
-    """Writes the small model where it is `wanted` and no other is; says which one is there."""
-    if wanted and (names := lacking(models)):
+    """Writes the small model where it is `wanted` and no other is."""
+    if names := lacking(models, hub, wanted=wanted):
         logger.info("putting the small model into %s: %s", models, ", ".join(names))
-        complete_small(models)
-    check_pair(models, hub)
-    if is_small(models / OPENS2S):
-        tell_small(models, hub)
-    elif wanted:
+        write_small(models)
+    elif wanted and not is_small(models / OPENS2S):
         logger.info("--small changes nothing: %s holds another model", models)
 
 

@@ -148,7 +148,7 @@ def test_without_models_the_small_model_is_asked(place: Path, once: tuple[str, .
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith(f"asked small {models}\nasked say examples/question.wav -o ")
     assert '"repeat after me apple tiger"' in ran.stdout and "MODEL_CARD.md" in ran.stdout
-    assert ".venv/bin/python startup.py --models DIR brings it, 22 GB" in ran.stdout
+    assert ".venv/bin/omnispeech fetch --models DIR brings it, 22 GB" in ran.stdout
     assert (place / ".local/server.log").read_text().startswith("2\n")
     assert "asked small" not in run(place, *once).stdout  # it is there
 

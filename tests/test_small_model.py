@@ -18,6 +18,7 @@ from hub_server import Hub, serving
 from omnispeech import cli
 from omnispeech.checkpoint.complete import check_complete
 from omnispeech.checkpoint.manifest import Manifest
+from omnispeech.config import HubConfig
 from omnispeech.download.lock import locked
 from omnispeech.errors import CheckpointError
 from omnispeech.small import directory
@@ -128,14 +129,27 @@ def test_it_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-def test_what_is_there_already_is_left_alone(
+def test_the_whole_small_model_is_left_alone(
     models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = found(models)
-    assert cli.main(["small", str(models)]) == 1
-    said = f"omnispeech: {models / OPENS2S} is there already; name another directory, or delete it"
-    assert said in capsys.readouterr().err
+    assert cli.main(["small", str(models)]) == 0
+    assert capsys.readouterr().out == f"the small model is there already: {models}\n"
     assert found(models) == before
+
+
+def test_of_a_copy_that_came_by_hand_it_is_entered_what_it_is(models: Path) -> None:
+    Manifest(models).path.unlink()
+    assert write_small(models) == []
+    assert [Manifest(models).entry(name).made["by"] for name in NAMES] == ["omnispeech small"] * 2
+
+
+@pytest.mark.parametrize("target", ["empty", "nowhere"])
+def test_a_link_in_place_of_a_directory_is_refused(tmp_path: Path, target: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / OPENS2S).symlink_to(tmp_path / target)
+    with pytest.raises(CheckpointError, match="OpenS2S is there already; name another directory"):
+        write_small(tmp_path)
 
 
 def test_beside_another_model_no_half_of_it_is_written(tmp_path: Path) -> None:
@@ -217,7 +231,9 @@ def test_what_a_kill_has_left_is_completed_by_the_same_command(
     assert subprocess.run(command, cwd=ROOT).returncode == -9
     named = [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")]
     assert set(named) <= {OPENS2S, "omnispeech-manifest.json"}
-    assert lacking(tmp_path) == [name for name in NAMES if name not in named]
+    assert lacking(tmp_path, HubConfig(), wanted=True) == [
+        name for name in NAMES if name not in named
+    ]
     assert write_small(tmp_path) == [name for name in NAMES if name not in named]
     for name in NAMES:
         Manifest(tmp_path).check(name, deep=True)
@@ -230,7 +246,7 @@ def test_two_that_write_at_once_do_not_meet(tmp_path: Path) -> None:
     with locked(tmp_path):
         command = [sys.executable, "-c", code, "small", str(tmp_path)]
         processes = [subprocess.Popen(command, stderr=subprocess.DEVNULL) for _ in range(2)]
-    assert sorted(process.wait(60) for process in processes) == [0, 1]
+    assert sorted(process.wait(60) for process in processes) == [0, 0]
     for name in NAMES:
         Manifest(tmp_path).check(name, deep=True)
 

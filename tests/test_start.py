@@ -1,5 +1,6 @@
 """What a start imports before it reads the first weight, and what it tells about itself."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -8,12 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from omnispeech.assembly import load_sources
-from omnispeech.checkpoint.models_directory import choose_sources
+from omnispeech.assembly import load_models, load_sources
+from omnispeech.checkpoint.models_directory import DECODER, choose_sources
 from omnispeech.checkpoint.opens2s import Loading
 from omnispeech.engine.worker import Worker
+from omnispeech.errors import CheckpointError
 from omnispeech.phases import Phases, peak_memory
 from omnispeech.tiny.directory import write_tiny
+from omnispeech.tiny.shape import TinyShape
 
 ROOT = Path(__file__).parent.parent
 ENGINE = "omnispeech.assembly, omnispeech.engine.worker, omnispeech.server.app"
@@ -94,3 +97,15 @@ def test_the_last_line_of_a_start_tells_its_peak_memory(
         worker.close()
     assert caplog.messages[-1].startswith("ready; peak host memory ")
     assert 1e8 < peak_memory() < 1e11
+
+
+@pytest.mark.parametrize(("units", "known"), [(512, 1024), (1024, 512)])
+def test_a_decoder_of_other_units_is_refused(tmp_path: Path, units: int, known: int) -> None:
+    """Where it knows more of them, the replies would be noise."""
+    write_tiny(tmp_path / "models", shape=TinyShape(units=units))
+    write_tiny(tmp_path / "other", shape=TinyShape(units=known))
+    shutil.rmtree(tmp_path / "models" / DECODER)
+    (tmp_path / "other" / DECODER).rename(tmp_path / "models" / DECODER)
+    told = rf"OpenS2S speaks {units} units, \S+ knows {known}; they do not belong together"
+    with pytest.raises(CheckpointError, match=told):
+        load_models(tmp_path / "models", torch.device("cpu"), torch.float32)

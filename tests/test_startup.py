@@ -25,7 +25,7 @@ from omnispeech.checkpoint.decoder import load_decoder
 from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.checkpoint.models_directory import choose_sources
 from omnispeech.errors import OmniSpeechError
-from omnispeech.small.directory import complete_small, is_as_shipped, write_small
+from omnispeech.small.directory import is_as_shipped, write_small
 from omnispeech.tiny.directory import write_tiny
 
 ROOT = Path(__file__).parent.parent
@@ -459,16 +459,16 @@ def test_the_decoder_of_another_model_alone_is_no_reason_for_a_download(
 def test_two_starts_at_once_put_one_small_model_there(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(omnispeech.startup, "complete_small", twice)
+    monkeypatch.setattr(omnispeech.startup, "write_small", twice)
     start(tmp_path, "--small")
     assert holds_small(tmp_path)
 
 
 def twice(models: Path) -> None:
     """As if another start had been quicker."""
-    complete_small(models)
+    write_small(models)
     before = (models / "OpenS2S").stat().st_ino
-    complete_small(models)
+    write_small(models)
     assert (models / "OpenS2S").stat().st_ino == before
 
 
@@ -538,12 +538,15 @@ def test_the_small_model_of_another_version_stays_and_the_new_one_is_named(
     assert not hub.requests
 
 
-def test_a_damaged_small_model_is_mended_without_a_hub(hub: Hub, small: Path) -> None:
+def test_a_damaged_small_model_is_mended_without_a_hub(
+    hub: Hub, small: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     (small / "OpenS2S/tokenizer.json").write_text("{}")
     told = rf"\(to put the small model back: move .* away, then: omnispeech small {small}\)"
     with pytest.raises(OmniSpeechError, match=told):
         start(small)
-    assert not hub.requests
+    assert not hub.requests and "another one" not in caplog.text  # it is of this version
 
 
 def test_a_stop_while_the_small_model_is_written_leaves_nothing_that_counts(

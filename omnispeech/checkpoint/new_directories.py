@@ -42,7 +42,7 @@ def make_directories(
 
 
 def _refuse_occupied(path: Path) -> None:
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if path.is_symlink() or path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise CheckpointError(f"{path} is there already; name another directory, or delete it")
 
 

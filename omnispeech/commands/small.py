@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from omnispeech.small.directory import write_small
 
-    names = write_small(args.directory)
-    sys.stdout.write(f"wrote {' and '.join(names)} under {args.directory}\n")
+    written = " and ".join(write_small(args.directory))
+    told = f"wrote {written} under" if written else "the small model is there already:"
+    sys.stdout.write(f"{told} {args.directory}\n")
     return 0

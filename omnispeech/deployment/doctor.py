@@ -25,7 +25,7 @@ from omnispeech.download.models import MODELS, Model, known_model, mend_command
 from omnispeech.download.present import fetched_size, room_for
 from omnispeech.quantization.memory import free_memory
 from omnispeech.service import Settings, choose_target
-from omnispeech.small.directory import check_pair, lacking, shipped_size
+from omnispeech.small.directory import lacking, shipped_size
 from omnispeech.startup import names_of
 
 
@@ -71,10 +71,7 @@ def _packed(models: Path, place: PlaceConfig, hub: HubConfig, *, wanted: bool) -
     """Names of directories that come with omnispeech, and not from the hub."""
     if OPENS2S not in names_of(models, place):
         return []
-    names = lacking(models) if wanted else []
-    if not names:
-        check_pair(models, hub)
-    return names
+    return lacking(models, hub, wanted=wanted)
 
 
 def _written(sources: Sources, target: Target, place: PlaceConfig) -> int:

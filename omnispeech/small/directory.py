@@ -45,22 +45,14 @@ def shipped_size() -> int:
 
 
 def write_small(models: Path) -> list[str]:
-    """`models/OpenS2S` and `models/glm-4-voice-decoder`, each whole or not there -> their names.
+    """`models/OpenS2S` and `models/glm-4-voice-decoder`, each whole or not there -> those written.
 
-    Of one that was cut short only what is missing is written. Raises CheckpointError for another
-    directory that is there, and for the whole small model.
+    One that is there as it is shipped stays. Raises CheckpointError for any other that is there.
     """
     with locked(models):
-        names = [name for name in NAMES if not is_as_shipped(models / name)] or [*NAMES]
+        names = [name for name in NAMES if not is_as_shipped(models / name)]
         _write(models, names)
     return names
-
-
-def complete_small(models: Path) -> None:
-    """As `write_small`, of a start: another process may have done it meanwhile."""
-    with locked(models):
-        if names := lacking(models):
-            _write(models, names)
 
 
 def _write(models: Path, names: Sequence[str]) -> None:
@@ -98,22 +90,25 @@ def is_small(path: Path) -> bool:
     return is_filled(path) and (made_by(path) == SMALL or is_as_shipped(path))
 
 
-def lacking(models: Path) -> list[str]:
-    """Names of directories that a start with --small writes; none where another OpenS2S lies.
+def lacking(models: Path, hub: HubConfig, *, wanted: bool) -> list[str]:
+    """Names of directories that a start writes; none where another OpenS2S lies.
 
-    Raises CheckpointError for the decoder of another one, which alone is no model.
+    wanted: with --small. Raises CheckpointError for what is half a model and would stay one.
     """
     there = [name for name in NAMES if is_filled(models / name)]
     others = [name for name in there if not is_as_shipped(models / name)]
-    if others and OPENS2S not in there:
+    if wanted and others and OPENS2S not in there:
         raise CheckpointError(
             f"{models / DECODER} is there already, and the small model brings its own; name "
             "another models directory, or leave --small (OMNISPEECH_SMALL) out"
         )
-    return [] if others else [name for name in NAMES if name not in there]
+    if wanted and not others and len(there) < len(NAMES):
+        return [name for name in NAMES if name not in there]
+    _check_pair(models, hub)
+    return []
 
 
-def check_pair(models: Path, hub: HubConfig) -> None:
+def _check_pair(models: Path, hub: HubConfig) -> None:
     """Raises CheckpointError where one half of the small model lies, or is to come to, another.
 
     It has units of its own: the other half would be fetched, and the replies would be noise.
