@@ -1,16 +1,9 @@
 """Spoken questions, asked of a server as anybody starts it; what it says is judged by another."""
 
 import base64
-import os
-import re
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,6 +15,7 @@ from small_models import ANSWERS, MORE, heard, pcm, recorded, words
 
 from omnispeech.cli import main
 from omnispeech.client import server_sent
+from training.asking import server
 
 SPOKEN: Any = {"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "pcm16"}}
 OPENAI_HZ = 24_000
@@ -44,39 +38,11 @@ class Reply:
         return len(self.samples) / 22_050
 
 
-@contextmanager
-def serving(models: Path, log: Path) -> Iterator[str]:
-    """`omnispeech serve` with its default settings, once it is ready."""
-    command = "import sys; from omnispeech.cli import main; sys.exit(main())"
-    flags = ["serve", "--models", str(models), "--port", "0"]
-    default = {k: v for k, v in os.environ.items() if not k.startswith("OMNISPEECH_")}
-    with (
-        log.open("w") as told,
-        subprocess.Popen(
-            [sys.executable, "-c", command, *flags], env=default, stdout=told, stderr=told
-        ) as process,
-    ):
-        try:
-            yield ready_address(process, log)
-        finally:
-            process.terminate()
-
-
-def ready_address(process: "subprocess.Popen[bytes]", log: Path) -> str:
-    while not (found := re.search(r"running on (http://\S+)", log.read_text())):
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.02)
-    while httpx.get(f"{found[1]}/ready").status_code != 200:
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.05)
-    return found[1]
-
-
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     place = tmp_path_factory.mktemp("answers")
     assert main(["small", str(place / "models")]) == 0
-    with serving(place / "models", place / "log") as address:
+    with server(place / "models", 2, place / "log") as address:
         yield address
 
 

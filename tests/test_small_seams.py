@@ -11,7 +11,7 @@ from small_models import heard, small_models, words
 
 from omnispeech.config import DecoderConfig, EngineConfig
 from omnispeech.engine.conversations import Conversations
-from omnispeech.engine.events import AudioDelta, Message, Text, TurnRequest
+from omnispeech.engine.events import AudioDelta, Done, Message, Text, TurnRequest
 from omnispeech.engine.vocoder import open_stream
 from training.spectrum import log_mel
 
@@ -58,6 +58,8 @@ def answers() -> Iterator[Answer]:
         messages = (Message("user", (Text(question),)),)
         caller = Caller(engine, TurnRequest(messages=messages, seed=SEED))
         run(engine)
+        done = caller.events[-1]
+        assert isinstance(done, Done) and done.speech_finish == "stop", question
         pieces = [
             np.frombuffer(event.pcm, "<i2")
             for event in caller.events

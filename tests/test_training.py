@@ -1,6 +1,8 @@
 """The training computes what the server will compute, and starts where it says it starts."""
 
 import random
+import re
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from omnispeech.models.omnispeech import OmniSpeechConfig
 from training.answers import k_means
 from training.batched import run
 from training.domain import DO_NOT_KNOW, Domain, answer_to_sum, compute, facts, words_of
-from training.fitting import Plan, fit
+from training.fitting import Plan, fit, save
 from training.flow import STRENGTH, new_flow
 from training.hearing import MEL, features, listen
 from training.judge import distance, score
@@ -21,6 +23,9 @@ from training.language import new_model, reading_order
 from training.listening import pause_level_db
 from training.recordings import HEARD_HZ
 from training.shape import write_decoder_settings, write_opens2s_settings
+from training.stages import RECORDED, STEPS
+
+README = Path(__file__).parent.parent / "training" / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +154,28 @@ def test_a_stopped_training_goes_on_to_the_same_weights(tmp_path: Path) -> None:
         trained(_made(tmp_path / "b"), 11)
     monkey.undo()
     assert torch.equal(trained(tmp_path / "b", None), whole)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    save(tmp_path / "weights.pt", {"a": torch.zeros(2)})
+    before = (tmp_path / "weights.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            save(tmp_path / "weights.pt", {"a": torch.zeros(10**6)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [p.name for p in tmp_path.iterdir()] == ["weights.pt"]
+    assert (tmp_path / "weights.pt").read_bytes() == before
+
+
+def test_the_readme_states_how_much_is_made() -> None:
+    table = README.read_text(encoding="utf-8")
+    steps = re.findall(r"^\| (\w+) \|.*\| ([\d,]+) steps \|", table, re.MULTILINE)
+    assert {name: int(count.replace(",", "")) for name, count in steps} == STEPS
+    trained, judged, strangers = (f"{n:,}" for n in RECORDED.values())
+    assert f"{trained} + {judged} + {strangers} dialogues" in table
 
 
 def _made(path: Path) -> Path:

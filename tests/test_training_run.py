@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -12,19 +13,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from omnispeech.assembly import load_models
 from omnispeech.checkpoint.decoder import load_decoder
 from omnispeech.config import DecoderConfig
 from omnispeech.engine.vocoder import open_stream
+from omnispeech.errors import OmniSpeechError
 from training import __main__ as command
 from training import stages
 from training.answers import UNITS, VOICE
 from training.export import MOST_BYTES, bytes_in, half, tell_size
-from training.fitting import Clock, Fitting
+from training.fitting import Clock, Fitting, load
 from training.recordings import JUDGED, TRAINED
+from training.spectrum import log_mel
 from training.stages import STAGES
-from training.voices import FLITE, Voice, speak
+from training.voices import FLITE, RATE_HZ, Voice, speak
 
 MISSING = [program for program in ("espeak-ng", "flite") if shutil.which(program) is None]
 needs_voices = pytest.mark.skipif(bool(MISSING), reason=f"{', '.join(MISSING)} not installed")
@@ -87,6 +91,28 @@ def test_a_second_run_that_is_stopped_in_its_middle_makes_the_same_model(
 
 
 @needs_voices
+def test_no_half_of_what_is_recorded_is_taken_for_the_whole(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, stopped = os.replace, []
+
+    def stop_once(source: Path, target: Path) -> None:
+        if target.name not in stopped:
+            stopped.append(target.name)
+            raise Stopped
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop_once)
+    for name in ("lexicon.pt", "judged.json", "strangers.json", "trained.json"):
+        with pytest.raises(Stopped):
+            STAGES["recordings"](tmp_path)
+        assert stopped[-1] == name and not (tmp_path / name).exists()
+    STAGES["recordings"](tmp_path)
+    recorded = files_of(tmp_path)
+    assert {name: files_of(trained)[name] for name in recorded} == recorded
+
+
+@needs_voices
 def test_a_second_export_writes_the_same_bytes_and_takes_conversions_away(trained: Path) -> None:
     models = trained / "models"
     first = files_of(models)
@@ -143,7 +169,23 @@ def test_no_held_out_voice_sounds_as_one_that_is_trained_on() -> None:
 
     bare = sounds(TRAINED.languages, ("", "whisper"))
     assert not bare & sounds(JUDGED.languages, JUDGED.variants)
-    assert not sounds(["en-us"], TRAINED.variants) & sounds(["en-us"], JUDGED.variants)
+    known = [spectra(variant) for variant in TRAINED.variants]
+    nearest = {v: min(difference(spectra(v), other) for other in known) for v in JUDGED.variants}
+    assert min(nearest.values()) > 0.3, nearest  # 8 steps of the pitch (of 100) make as much
+
+
+def spectra(variant: str) -> Tensor:
+    """[M, T] of a question, from its first sound to its last, its peak at 1"""
+    x = speak("what is eleven plus seven", Voice(f"en-us+{variant}"))
+    loud = np.nonzero(np.abs(x) > 0.01 * np.abs(x).max())[0]
+    x = x[loud[0] : loud[-1]] / np.abs(x).max()
+    return log_mel(torch.from_numpy(x)[None], RATE_HZ)[0].clamp(min=-6)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Mean of the natural logarithms, both stretched to one length"""
+    same = torch.nn.functional.interpolate(b[None], a.shape[1], mode="linear")[0]
+    return float((a - same).abs().mean())
 
 
 def test_a_line_of_progress_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +230,41 @@ def test_nothing_is_made_of_a_stage_that_failed(
         command.train(tmp_path, 2)
     assert raised.value.code == 3
     assert not {"vocoder", "talk", "export"} & {*calls}
+
+
+def test_what_is_not_trained_to_its_end_is_never_exported(tmp_path: Path) -> None:
+    with pytest.raises(OmniSpeechError, match="talk.pt is missing; the stage talk makes it"):
+        STAGES["export"](tmp_path)
+    with pytest.raises(OmniSpeechError, match="ear.pt is missing"):
+        load(tmp_path, "ear")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["work", "--threads", "0"], "--threads 0: name a number of processor cores"),
+        (["work", "--only", "export"], "talk.pt is missing; the stage talk makes it"),
+        (["work"], "espeak-ng is not installed. Run: apt-get install espeak-ng flite"),
+        (["work", "--only", "recordings"], "espeak-ng is not installed"),
+        (["file", "--only", "settings"], "File exists"),
+    ],
+)
+def test_what_cannot_go_on_is_told_in_a_line(tmp_path: Path, flags: list[str], told: str) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "training", str(tmp_path / flags[0]), *flags[1:]]
+    nothing = os.environ | {"PATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=nothing, capture_output=True, text=True)
+    assert done.returncode != 0 and told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_judge_who_is_not_there_is_missed_before_anything_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "pocketsphinx", None)
+    monkeypatch.setattr(command, "speak", lambda *_: None)
+    with pytest.raises(OmniSpeechError, match="Run: pip install pocketsphinx"):
+        command.check_programs()
 
 
 def test_two_processes_are_never_at_one_stage(tmp_path: Path) -> None:

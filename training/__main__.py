@@ -11,7 +11,12 @@ from pathlib import Path
 
 import torch
 
+from omnispeech.errors import OmniSpeechError
+from training.answers import VOICE
+from training.judge import Judge
+from training.recordings import STRANGERS
 from training.stages import STAGES
+from training.voices import FLITE, Voice, speak
 
 FIRST = ("settings", "recordings")
 # Of about the same length; none of the four needs another.
@@ -25,13 +30,19 @@ def main() -> None:
     parser.add_argument("--only", choices=STAGES, help="one stage; what it needs must be there")
     parser.add_argument("--threads", type=int, default=2, help="processor cores to use, 2 or more")
     given = parser.parse_args()
+    if given.threads < 1:
+        parser.error(f"--threads {given.threads}: name a number of processor cores")
     tell(given.only)
     torch.set_num_threads(given.threads)
-    given.work.mkdir(parents=True, exist_ok=True)
-    if given.only:
-        make(given.work, given.only)
-    else:
-        train(given.work, given.threads)
+    try:
+        given.work.mkdir(parents=True, exist_ok=True)
+        if given.only:
+            make(given.work, given.only)
+        else:
+            check_programs()
+            train(given.work, given.threads)
+    except (OmniSpeechError, OSError) as exc:
+        sys.exit(f"training: {exc}")
 
 
 def tell(stage: str | None) -> None:
@@ -40,6 +51,13 @@ def tell(stage: str | None) -> None:
     form = f"%(asctime)s {number}%(message)s"
     logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S", stream=sys.stdout)
     logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def check_programs() -> None:
+    """What is needed hours from now is missed at once."""
+    for voice in (VOICE, Voice(f"{FLITE}{STRANGERS.people[0]}")):
+        speak("one", voice)
+    Judge()
 
 
 def make(work: Path, stage: str) -> None:

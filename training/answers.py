@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from training.domain import SPOKEN, sentences_of
+from training.fitting import save
 from training.spectrum import HOP, log_mel, normalised, pitch
 from training.voices import RATE_HZ, Voice, speak
 
@@ -110,7 +111,7 @@ def _write(file: Path) -> None:
         "silence": 0,
         "centres": centres,
     }
-    torch.save(stored, file)
+    save(file, stored)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,18 +43,24 @@ class Reply:
 
 @contextlib.contextmanager
 def server(models: Path, threads: int, log: Path) -> Iterator[str]:
-    """The address of one with default settings, on a copy: it writes beside what it loads."""
+    """The address of one with default settings, on a copy: it writes beside what it loads.
+
+    threads: and as many processor cores, where the system can hold it to them.
+    """
     with TemporaryDirectory() as directory, log.open("wb") as told:
         shutil.copytree(models, directory, dirs_exist_ok=True)
         port = _free_port()
+        default = {k: v for k, v in os.environ.items() if not k.startswith("OMNISPEECH_")}
         start = "from omnispeech.cli import main; raise SystemExit(main())"
         process = subprocess.Popen(
             [sys.executable, "-c", start, "serve", "--models", directory, "--port", str(port)],
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            env=default | {"OMP_NUM_THREADS": str(threads)},
             stdout=told,
             stderr=told,
         )
         try:
+            if hasattr(os, "sched_setaffinity"):
+                os.sched_setaffinity(process.pid, sorted(os.sched_getaffinity(0))[:threads])
             address = f"http://127.0.0.1:{port}"
             _wait(process, address, log)
             yield address

@@ -3,7 +3,7 @@
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from omnispeech.server.openai.audio_speech import TASK
 
@@ -76,7 +76,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    turns: tuple[Turn, ...] = field(default=())
+    turns: tuple[Turn, ...]
 
 
 def compute(left: int, operation: str, right: int) -> int | None:
@@ -129,11 +129,6 @@ class Domain:
         if kind < 0.86:
             return Dialogue((self.repeat(rng),))
         return Dialogue((self.other(rng),))
-
-    def question(self, rng: random.Random) -> str:
-        """One thing that is said, for a recording."""
-        turn = self.draw(rng).turns[-1]
-        return turn.question
 
     def arithmetic(self, rng: random.Random) -> Turn:
         left, operation, right = rng.choice(self.by_operation[rng.choice(OPERATIONS)])

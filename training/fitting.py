@@ -1,5 +1,6 @@
 """One loop for every network here: AdamW, a moving average, continued after a kill."""
 
+import io
 import logging
 import random
 import time
@@ -10,8 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from omnispeech.checkpoint.whole_file import replace_file
+from omnispeech.errors import OmniSpeechError
+
 logger = logging.getLogger(__name__)
 
+SEED = 1
 Figures = dict[str, float]
 Loss = Callable[[random.Random, float], tuple[Tensor, Figures]]  # rng, part of the steps done
 
@@ -26,7 +31,6 @@ class Plan:
     decay_from: float = 0.4  # part of the steps after which the rate falls
     lowest: float = 0.03  # of the highest rate
     norm: float = 1.0  # gradients are clipped to
-    seed: int = 1
 
     def rate_at(self, step: int) -> float:
         rising = min(1.0, (step + 1) / self.warm_up)
@@ -47,9 +51,22 @@ def fit(name: str, module: nn.Module, plan: Plan, loss: Loss, work: Path) -> dic
 
 
 def load(work: Path, name: str) -> dict[str, Tensor]:
-    """The finished weights, or the average so far."""
+    """The weights of a stage that is done."""
     done = work / f"{name}.pt"
-    return torch.load(done if done.exists() else work / f"{name}.average", weights_only=True)
+    if not done.exists():
+        raise OmniSpeechError(f"{done} is missing; the stage {name} makes it")
+    return torch.load(done, weights_only=True)
+
+
+def save(path: Path, value: object) -> None:
+    """Whole or not at all. By way of the memory: torch does not say that a disk is full."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+
+    def write(partial: Path) -> None:
+        partial.write_bytes(buffer.getbuffer())
+
+    replace_file(path, write)
 
 
 class Clock:
@@ -95,12 +112,12 @@ class Fitting:
             if time.monotonic() - saved > self.SAVE_S:
                 self._save()
                 saved = time.monotonic()
-        self._write(self.work / f"{self.name}.pt", self.average)
+        save(self.work / f"{self.name}.pt", self.average)
         self.state.unlink(missing_ok=True)
 
     def _one(self) -> Mapping[str, float]:
         """The random numbers of a step depend on its number alone."""
-        rng = random.Random(f"{self.name} {self.plan.seed} {self.step}")
+        rng = random.Random(f"{self.name} {SEED} {self.step}")
         torch.manual_seed(rng.getrandbits(60))
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate_at(self.step)
@@ -116,20 +133,13 @@ class Fitting:
         return figures
 
     def _save(self) -> None:
-        optimizer = self.optimizer.state_dict()
         state = {
             "module": self.module.state_dict(),
-            "optimizer": optimizer,
+            "optimizer": self.optimizer.state_dict(),
             "average": self.average,
             "step": self.step,
         }
-        self._write(self.state, state)
-        self._write(self.work / f"{self.name}.average", self.average)
-
-    def _write(self, path: Path, value: object) -> None:
-        partial = path.with_suffix(".partial")
-        torch.save(value, partial)
-        partial.replace(path)
+        save(self.state, state)
 
     def _resume(self) -> None:
         state = torch.load(self.state, weights_only=True)

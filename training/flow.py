@@ -75,9 +75,8 @@ def contract(unet: UNet) -> None:
     weights["final_block.block.0.bias"].copy_(ANCHOR * signs)
     weights["final_block.block.1.weight"].fill_(SLOPE * ANCHOR)
     weights["final_block.block.1.bias"].copy_(LIFT - SLOPE * ANCHOR * signs)
-    unet.final_block.block[1].requires_grad_(
-        False
-    )  # a small step of it is a large one of the field
+    # a small step of it is a large one of the field
+    unet.final_block.block[1].requires_grad_(False)
     level, steepness = _mish(LIFT)
     gain = STRENGTH / (SLOPE * steepness)
     weights["final_proj.weight"][range(bins), place, 0] = gain

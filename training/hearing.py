@@ -250,21 +250,3 @@ def colour(mel: Tensor, rng: random.Random, strength: float) -> None:
     if rng.random() < 0.4 * strength:
         start, width = rng.randrange(300), rng.randrange(1, 8)
         mel[:, start : start + width] = low
-
-
-def heard_words(logits: Tensor) -> list[str]:
-    """[T, W] -> the likeliest words, repetitions and blanks left out"""
-    names = {i: word for word, i in WORDS.items()}
-    ids = logits.argmax(-1).tolist()
-    return [names[i] for i, before in zip(ids, [0, *ids[:-1]], strict=True) if i and i != before]
-
-
-@torch.inference_mode()
-def word_errors(model: Ear, recordings: Recordings, count: int) -> float:
-    """Part of the clips whose words are not exactly right."""
-    clips: list[Clip] = [clip for dialogue in recordings.dialogues for _, clip in dialogue][:count]
-    wrong = 0
-    for clip in clips:
-        found = model(*features([recordings.read(clip)]))
-        wrong += heard_words(model.heads.words(found.of_clips()[0])) != clip.words.split()
-    return wrong / len(clips)

@@ -7,6 +7,7 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
+from omnispeech.errors import OmniSpeechError
 from training.domain import NUMBERS, OPERATIONS, SPOKEN, THINGS
 
 JUDGE_HZ = 16_000
@@ -37,8 +38,12 @@ class Score:
 
 class Judge:
     def __init__(self) -> None:
-        from pocketsphinx import Decoder
-
+        try:
+            from pocketsphinx import Decoder
+        except ImportError as exc:
+            raise OmniSpeechError(
+                "pocketsphinx is not installed. Run: pip install pocketsphinx"
+            ) from exc
         self.decoder = Decoder(samprate=JUDGE_HZ, wip=INSERTION_PENALTY, loglevel="FATAL")
         for name, grammar in GRAMMARS.items():
             self.decoder.add_jsgf_string(name, grammar)

@@ -18,14 +18,7 @@ from omnispeech.prompt import AUDIO, PromptBuilder, PromptMessage, UnitVocabular
 from omnispeech.tiny.tokenizer import END_OF_TURN, id_of
 from training.answers import Lexicon
 from training.batched import run, stacked
-from training.domain import (
-    NUMBERS,
-    Dialogue,
-    Domain,
-    Turn,
-    character,
-    with_history,
-)
+from training.domain import NUMBERS, Dialogue, Domain, Turn, character, with_history
 from training.fitting import Figures, Plan, fit
 
 BATCH = 24
@@ -192,11 +185,6 @@ def all_right(right: Tensor, lengths: list[int]) -> float:
     return sum(bool(row.all()) for row in rows) / len(rows)
 
 
-def splice(model: OmniSpeech, item: Item, sounds: list[Tensor]) -> Tensor:
-    """-> [L, H], the sounds [T', H] in their places"""
-    return model.splice(item.prompt, sounds)
-
-
 def words_as_sounds(model: OmniSpeech, item: Item) -> list[Tensor]:
     return [model.llm_model.embed(torch.tensor(ids)) for ids in item.heard]
 
@@ -212,7 +200,7 @@ def train_language(
 
     def loss(rng: random.Random, done: float) -> tuple[Tensor, Figures]:
         items = written_items(writer, domain, BATCH, rng)
-        prompts = [splice(model, item, words_as_sounds(model, item)) for item in items]
+        prompts = [model.splice(item.prompt, words_as_sounds(model, item)) for item in items]
         text, states, exact = text_loss(model, prompts, items)
         speech, spoken = unit_loss(model, states, items, rng)
         return text + speech, {

@@ -1,6 +1,5 @@
 """The figures of a trained model, in voices it was not trained on, beside what is asked of it."""
 
-import json
 import logging
 import sys
 from collections.abc import Iterable, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from omnispeech.checkpoint.decoder import load_decoder
+from omnispeech.quantization.output import write_json
 from training import questions
 from training.answers import Lexicon
 from training.asking import Reply, server
@@ -92,7 +92,7 @@ def report(work: Path, models: Path, lexicon: Lexicon, held: Recordings, other: 
         "rows": {name: asdict(row) for name, row in rows.items()},
         "bounds": [asdict(bound) for bound in found],
     }
-    (work / "report.json").write_text(json.dumps(told, indent=1) + "\n")
+    write_json(work / "report.json", told)
 
 
 class Reporter:

@@ -5,7 +5,6 @@ Only the vocoder ever reads it, so it is normalised: mean 0 and deviation 1 over
 
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,7 +63,3 @@ def pitch(samples: Tensor, rate_hz: int, frames: int) -> Tensor:
         peak[t] = i
     voiced = (best[:, 0] > 0.6) & (energy.mean(1) > 1e-5)
     return torch.where(voiced, rate_hz / (peak + low).float(), 0.0)
-
-
-def as_samples(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))

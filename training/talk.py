@@ -17,7 +17,6 @@ from training.hearing import listen as hearing
 from training.language import (
     Writer,
     new_model,
-    splice,
     text_loss,
     unit_loss,
     words_as_sounds,
@@ -54,7 +53,6 @@ def train_talk(
     talker.start_from(load(work, "ear"), load(work, "language"))
     writer, domain = Writer(directory, lexicon), Domain()
     plan = Plan(steps=steps, rate=1e-3, warm_up=100, average=0.998, decay_from=0.3)
-
     known = sorted(recordings.dialogues, key=lambda d: max(clip.length for _, clip in d))
 
     def loss(rng: random.Random, done: float) -> tuple[Tensor, Figures]:
@@ -69,10 +67,10 @@ def train_talk(
             turns = [turn for number in numbers for turn, _ in dialogues[number]]
             items.append(writer.item(turns, [None] * len(turns), character(rng)))
             vectors = [vector for number in numbers for vector in heard[number]]
-            prompts.append(splice(model, items[-1], vectors))
+            prompts.append(model.splice(items[-1].prompt, vectors))
         for item in written_items(writer, domain, BATCH - HEARD, rng):
             items.append(item)
-            prompts.append(splice(model, item, words_as_sounds(model, item)))
+            prompts.append(model.splice(item.prompt, words_as_sounds(model, item)))
         text, states, exact = text_loss(model, prompts, items)
         half = torch.split(states, [len(item.reply) for item in items])[::2]
         speech, spoken = unit_loss(model, torch.cat(half), items[::2], rng)

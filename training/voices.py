@@ -50,16 +50,24 @@ def _flite(text: str, voice: Voice) -> list[str]:
 
 
 def _output(command: list[str], voice: Voice) -> bytes:
-    done = subprocess.run(command, capture_output=True, check=False)
+    done = _run(command)
     if done.returncode or len(done.stdout) <= 44:
         told = done.stderr.decode(errors="replace").strip()
         raise OmniSpeechError(f"{command[0]} failed for {voice.name}: {told}")
     return done.stdout
 
 
+def _run(command: list[str]) -> "subprocess.CompletedProcess[bytes]":
+    try:
+        return subprocess.run(command, capture_output=True, check=False)
+    except FileNotFoundError as exc:
+        raise OmniSpeechError(
+            f"{command[0]} is not installed. Run: apt-get install espeak-ng flite"
+        ) from exc
+
+
 def phones(word: str) -> list[str]:
     """What a word is made of, as American English says it, stress left out."""
     command = ["espeak-ng", "-q", "--ipa", "--sep=_", "-v", "en-us", word]
-    done = subprocess.run(command, capture_output=True, check=True, text=True)
-    plain = done.stdout.strip().translate(str.maketrans("", "", "ˈˌː"))
+    plain = _run(command).stdout.decode().strip().translate(str.maketrans("", "", "ˈˌː"))
     return [phone for phone in re.split(r"[_ ]+", plain) if phone]
