@@ -10,7 +10,7 @@ import torch
 from omnispeech.audio.features import FrontEnd, MelConfig, Waveform
 from omnispeech.checkpoint.decoder import decoder_files, load_decoder
 from omnispeech.checkpoint.files import held_bytes, size_text
-from omnispeech.checkpoint.models_directory import METHODS, Sources, choose_sources
+from omnispeech.checkpoint.models_directory import METHODS, Sources, check_units, choose_sources
 from omnispeech.checkpoint.opens2s import LoadedOpenS2S, Loading, load_opens2s
 from omnispeech.engine.runner import LanguageModels, Models
 from omnispeech.errors import CheckpointError, ConfigError
@@ -83,11 +83,7 @@ def load_sources(
         phase.size = sum(path.stat().st_size for path in files)
     with phases.measure("load tokenizers"):
         language = language_models(base, loaded, compatible=compatible)
-    if language.units.count != decoder.flow.config.vocab_size:
-        raise CheckpointError(
-            f"{base} speaks {language.units.count} units, {sources.decoder} knows "
-            f"{decoder.flow.config.vocab_size}; they do not belong together"
-        )
+    check_units(sources, language.units.count, decoder.flow.config.vocab_size)
     models = Models(language, decoder)
     _tell_total(models, sources, device, dtype, time.perf_counter() - began)
     return models

@@ -7,15 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from quantized_models import quantize_opens2s
 from settled_models import AWQ, state, write_settled
 
+from omnispeech.assembly import load_models
 from omnispeech.checkpoint.manifest import Manifest
 from omnispeech.checkpoint.models_directory import choose_sources
 from omnispeech.cli import main
 from omnispeech.config_reader import CONFIGS
 from omnispeech.deployment import doctor, machine
 from omnispeech.deployment.findings import Finding, as_text
+from omnispeech.errors import CheckpointError
 from omnispeech.small.directory import write_small
+from omnispeech.tiny.decoder import write_decoder
+from omnispeech.tiny.directory import write_tiny
+from omnispeech.tiny.shape import TinyShape
 
 DECODER = "glm-4-voice-decoder"
 
@@ -254,6 +261,38 @@ def test_half_a_decoder_is_wrong(
     status, findings = found(models, capsys)
     assert status == 1
     assert f"{name}.pt is missing" in words(findings, "conversion", "wrong")
+
+
+@pytest.mark.parametrize("base", ["OpenS2S", "OpenS2S-8bit"])
+@pytest.mark.parametrize(("units", "known"), [(512, 1024), (1024, 512)])
+def test_a_decoder_of_other_units_is_wrong_in_the_words_of_the_start(
+    tmp_path: Path, base: str, units: int, known: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = tmp_path / "models"
+    write_tiny(models, shape=TinyShape(units=units))
+    if base == "OpenS2S-8bit":
+        quantize_opens2s(models / "OpenS2S", models / base)
+        Manifest(models).enter(base, {"by": "the tests"})
+        shutil.rmtree(models / "OpenS2S")
+        Manifest(models).forget("OpenS2S")
+    status, findings = found(models, capsys)
+    assert status == 0 and words(findings, "decoder", "ok") == f"knows the {units} units of {base}"
+    shutil.rmtree(models / DECODER)
+    (models / DECODER).mkdir()
+    write_decoder(models / DECODER, 0, TinyShape().decoder, known)
+    Manifest(models).enter(DECODER, {"by": "the tests"})
+    status, findings = found(models, capsys)
+    with pytest.raises(CheckpointError, match="do not belong together") as refused:
+        load_models(models, torch.device("cpu"), torch.float32)
+    assert status == 1 and words(findings, "decoder", "wrong") == str(refused.value)
+
+
+def test_a_decoder_that_cannot_be_read_is_wrong(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (models / DECODER / "config.yaml").unlink()
+    status, findings = found(models, capsys)
+    assert status == 1 and "config.yaml does not exist" in words(findings, "decoder", "wrong")
 
 
 def test_a_conversion_to_come_is_told(models: Path, capsys: pytest.CaptureFixture[str]) -> None:

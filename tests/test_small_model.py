@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -18,6 +19,7 @@ from hub_server import Hub, serving
 from omnispeech import cli
 from omnispeech.checkpoint.complete import check_complete
 from omnispeech.checkpoint.manifest import Manifest
+from omnispeech.checkpoint.whole_file import size_text
 from omnispeech.config import HubConfig
 from omnispeech.download.lock import locked
 from omnispeech.errors import CheckpointError
@@ -75,6 +77,11 @@ def in_package() -> set[str]:
 
 def test_it_takes_fifteen_megabytes_at_most() -> None:
     assert 1e6 < shipped_size() <= 15e6
+
+
+def test_its_card_names_its_size() -> None:
+    named = re.search(r"and a glm-4-voice-decoder, ([\d.]+ MB) together", CARD.read_text("utf-8"))
+    assert named and named[1] == size_text(shipped_size())
 
 
 def test_nothing_else_lies_beside_it() -> None:
@@ -160,9 +167,60 @@ def test_beside_another_model_no_half_of_it_is_written(tmp_path: Path) -> None:
     assert not (tmp_path / OPENS2S).exists() and Manifest(tmp_path).names() == []
 
 
-def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+def refused(capsys: pytest.CaptureFixture[str], given: str) -> str:
+    """What the command says of a directory that it does not take."""
+    assert cli.main(["small", given]) == 1
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "file/below/that"])
+def test_a_file_in_place_of_the_directory_is_refused(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").touch()
-    assert cli.main(["small", str(tmp_path / "file")]) == 1
+    told = f"{tmp_path / 'file'} is no directory; name a models directory: omnispeech small DIR\n"
+    assert refused(capsys, str(tmp_path / name)).endswith(f": {told}")
+
+
+def test_where_nothing_can_be_written_the_command_names_no_flag_that_it_has_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    told = refused(capsys, str(tmp_path / "models"))
+    assert "Read-only file system" in told
+    assert told.endswith("or name another: omnispeech small DIR\n")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "OpenS2S-8bit"])
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "by its name"])
+def test_into_a_model_nothing_is_written(
+    tmp_path: Path,
+    name: str,
+    inside: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").touch()
+    monkeypatch.chdir(tmp_path / name if inside else tmp_path)
+    told = f"{tmp_path / name} is one level too deep; use omnispeech small {tmp_path}\n"
+    assert refused(capsys, "." if inside else name).endswith(f": {told}")
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["config.json"]
+
+
+def test_the_working_directory_is_taken_by_its_name_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "'' names no directory; for the one you are in: omnispeech small ." in refused(
+        capsys, ""
+    )
+    assert not list(tmp_path.iterdir())
+    assert cli.main(["small", "."]) == 0
+    assert is_small(tmp_path / OPENS2S)
 
 
 def test_what_is_written_is_like_any_new_file_whatever_the_package_is(
@@ -196,6 +254,21 @@ def test_a_full_disk_leaves_nothing_and_says_what_is_needed(
     with pytest.raises(CheckpointError, match=r"disk of .* is full .*takes 1\d\.\d MB: make room"):
         write_small(tmp_path)
     assert [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")] == []
+
+
+def test_a_disk_too_full_for_the_manifest_tells_the_same(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a copy that came by hand is to be entered."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    shutil.copytree(written, tmp_path / "models")
+    Manifest(tmp_path / "models").path.unlink()
+    monkeypatch.setattr(Manifest, "enter", full)
+    with pytest.raises(CheckpointError, match=r"is full .*takes 1\d\.\d MB: make room"):
+        write_small(tmp_path / "models")
 
 
 KILLED = """

@@ -309,9 +309,21 @@ def test_models_that_are_no_directory_are_told_before_anything_is_imported(
     hub: Hub, tmp_path: Path
 ) -> None:
     (tmp_path / "models").touch()
-    with pytest.raises(OmniSpeechError, match="is no directory; name a models directory with"):
+    with pytest.raises(OmniSpeechError, match="no directory; name a models directory: --models"):
         start(tmp_path / "models")
     assert not hub.requests
+
+
+@pytest.mark.parametrize("flags", [[], ["--small"]], ids=["published", "small"])
+def test_into_a_model_none_is_brought(
+    hub: Hub, models: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = found(models)
+    with pytest.raises(OmniSpeechError, match=f"one level too deep; use --models {models}$"):
+        start(models / "OpenS2S", *flags)
+    assert cli.main(["fetch", "--models", str(models / "OpenS2S")]) == 1
+    assert f"one level too deep; use --models {models}\n" in capsys.readouterr().err
+    assert found(models) == before and not hub.requests
 
 
 def test_a_conversion_with_other_numbers_is_found_by_a_deep_verification(

@@ -61,7 +61,7 @@ def choose_sources(
     audio_encoder: wavlm, or checkpoint: the one of the model of the LLM.
     coming: names of directories that will be there before they are read.
     """
-    _check_level(directory)
+    check_level(directory)
     if speech_lm not in ("bf16", *SPEECH_LMS):
         raise ConfigError(f"--speech-lm {speech_lm!r}; allowed: bf16, {', '.join(SPEECH_LMS)}")
     _tell_leftovers(directory)
@@ -76,11 +76,22 @@ def choose_sources(
     )
 
 
-def _check_level(directory: Path) -> None:
-    names = (OPENS2S, DECODER, *METHODS)
-    inside = any(os.path.lexists(directory / name) for name in names)
-    if directory.name in names and directory.is_dir() and not inside:
-        raise CheckpointError(f"{directory} is one level too deep; use --models {directory.parent}")
+def check_level(directory: Path, way: str = "--models") -> None:
+    """Raises CheckpointError for the directory of one model. way: see `check_place`."""
+    place, names = directory.absolute(), (OPENS2S, DECODER, *METHODS)
+    inside = any(os.path.lexists(place / name) for name in names)
+    if place.name in names and place.is_dir() and not inside:
+        above = shlex.quote(str(place.parent))
+        raise CheckpointError(f"{place} is one level too deep; use {way} {above}")
+
+
+def check_units(sources: Sources, spoken: int, known: int) -> None:
+    """Raises CheckpointError where the decoder knows other units than the model speaks."""
+    if spoken != known:
+        raise CheckpointError(
+            f"{sources.base} speaks {spoken} units, {sources.decoder} knows {known}; "
+            "they do not belong together"
+        )
 
 
 def choose_llm(
@@ -276,12 +287,16 @@ def nearest(path: Path) -> Path:
     return next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
 
 
-def check_place(directory: Path) -> None:
-    """Raises ConfigError for what can become no models directory."""
+def check_place(directory: Path, way: str = "--models") -> None:
+    """Raises ConfigError or CheckpointError for what can become no models directory.
+
+    way: to name another one: the flag or command that stands before it.
+    """
+    check_level(directory, way)
     if (place := nearest(directory)).is_dir():
         return
     link = f"a link to {place.readlink()}, and " if place.is_symlink() else ""
-    raise ConfigError(f"{place} is {link}no directory; name a models directory with --models")
+    raise ConfigError(f"{place} is {link}no directory; name a models directory: {way} DIR")
 
 
 def is_there(path: Path) -> bool:

@@ -19,6 +19,7 @@ from omnispeech.deployment.start import (
     preparation,
     repacked_size,
     unconverted,
+    units,
 )
 from omnispeech.download.hub import offline, offline_mode
 from omnispeech.download.models import MODELS, Model, known_model, mend_command
@@ -91,6 +92,8 @@ def _sources(
     if sources is not None and not coming:
         with complaints("conversion", findings):
             findings.append(conversion(sources))
+        with complaints("decoder", findings):
+            findings.append(units(sources))
     return sources
 
 

@@ -27,7 +27,7 @@ from omnispeech.checkpoint.prepared import PREPARED
 from omnispeech.checkpoint.wavlm_paths import BRIDGE
 from omnispeech.config import PlaceConfig
 from omnispeech.deployment.findings import Finding, complaints
-from omnispeech.deployment.start import changes, choice, conversion, preparation
+from omnispeech.deployment.start import changes, choice, conversion, preparation, units
 from omnispeech.download.models import MODELS
 from omnispeech.download.present import is_filled
 from omnispeech.service import Settings, choose_target
@@ -114,6 +114,8 @@ def undone(sources: Sources, place: PlaceConfig) -> list[Finding]:
     findings: list[Finding] = []
     with complaints("conversion", findings):
         findings.append(conversion(sources))
+    with complaints("decoder", findings):
+        findings.append(units(sources))
     with complaints("repacking", findings):
         target = choose_target(place)
         findings += preparation(sources, target, prepare=place.prepare)

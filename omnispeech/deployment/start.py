@@ -11,6 +11,7 @@ from omnispeech.checkpoint.manifest import Manifest, Touched
 from omnispeech.checkpoint.models_directory import (
     Sources,
     advice,
+    check_units,
     verify_command,
 )
 from omnispeech.checkpoint.pickles import is_current
@@ -22,6 +23,7 @@ from omnispeech.config import PlaceConfig
 from omnispeech.deployment.findings import Finding, complaints, log_lines
 from omnispeech.download.present import is_filled
 from omnispeech.errors import CheckpointError
+from omnispeech.prompt import UnitVocabulary
 from omnispeech.service import find_sources
 from omnispeech.startup import names_of
 
@@ -72,9 +74,7 @@ def changes(
 
 def unconverted(sources: Sources) -> list[Path]:
     """Pickles that a start converts; raises CheckpointError where one is missing."""
-    decoder = sources.decoder
-    read_config(decoder / "config.yaml")
-    pickles = [decoder / name for name in PUBLISHED]
+    pickles = [sources.decoder / name for name in PUBLISHED]
     body = sources.wavlm and sources.wavlm.body
     if body and not (body / WEIGHTS).is_file():
         pickles.append(body / PICKLED)
@@ -96,6 +96,14 @@ def conversion(sources: Sources) -> Finding:
         words = f"{names} ({size_text(size)}) will be converted to safetensors, once"
         return Finding("note", "conversion", words)
     return Finding("ok", "conversion", "nothing is left to convert")
+
+
+def units(sources: Sources) -> Finding:
+    """Raises CheckpointError where model and decoder do not belong together."""
+    flow, _ = read_config(sources.decoder / "config.yaml")
+    spoken = UnitVocabulary.from_directory(sources.base / "tts").count
+    check_units(sources, spoken, flow.vocab_size)
+    return Finding("ok", "decoder", f"knows the {spoken} units of {sources.base.name}")
 
 
 def preparation(sources: Sources, target: Target, *, prepare: bool) -> Iterator[Finding]:

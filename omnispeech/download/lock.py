@@ -15,23 +15,25 @@ logger = logging.getLogger(__name__)
 FILE_NAME = ".omnispeech-fetch.lock"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
+FETCHED = "what was fetched is kept, and the fetch goes on from there"
 
 
 @contextmanager
-def locked(models_directory: Path) -> Iterator[None]:
+def locked(models_directory: Path, *, way: str = "--models", full: str = FETCHED) -> Iterator[None]:
     """Waits for another process, and says so. The lock ends with the process, however that ends.
 
     The directory is made if it is not there; raises CheckpointError if nothing can be written, and
     in place of errors of the disk while the lock is held.
+    way: of `check_place`. full: what is to be known where the disk is full.
     """
-    check_place(models_directory)
+    check_place(models_directory, way)
     try:
         models_directory.mkdir(parents=True, exist_ok=True)
         file = (models_directory / FILE_NAME).open("w")
     except OSError as exc:
         raise CheckpointError(
             f"nothing can be written to the models directory {models_directory}: {exc.strerror}; "
-            "make it writable for this user, or name another with --models"
+            f"make it writable for this user, or name another: {way} DIR"
         ) from exc
     with file:
         try:
@@ -39,19 +41,19 @@ def locked(models_directory: Path) -> Iterator[None]:
         except BlockingIOError:
             logger.info("another process is fetching into %s; waiting for it", models_directory)
             fcntl.flock(file, fcntl.LOCK_EX)
-        with _disk_told(models_directory):
+        with _disk_told(models_directory, full):
             yield
 
 
 @contextmanager
-def _disk_told(models_directory: Path) -> Iterator[None]:
+def _disk_told(models_directory: Path, full: str) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
         if exc.errno in FULL:
             raise CheckpointError(
-                f"the disk of {models_directory} is full ({exc.strerror}); what was fetched is "
-                "kept: make room and start again, it goes on from there"
+                f"the disk of {models_directory} is full ({exc.strerror}); {full}: make room and "
+                "start again"
             ) from exc
         if exc.errno in IN_THE_WAY and (name := exc.filename2 or exc.filename):
             raise CheckpointError(

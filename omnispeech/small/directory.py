@@ -19,7 +19,7 @@ from omnispeech.checkpoint.models_directory import (
 from omnispeech.checkpoint.new_directories import make_directories
 from omnispeech.checkpoint.whole_file import size_text
 from omnispeech.config import HubConfig
-from omnispeech.download.lock import FULL, locked
+from omnispeech.download.lock import locked
 from omnispeech.download.models import publish_command
 from omnispeech.download.present import is_filled
 from omnispeech.errors import CheckpointError
@@ -44,27 +44,21 @@ def shipped_size() -> int:
     return sum(path.stat().st_size for name in NAMES for path in shipped(name).values())
 
 
-def write_small(models: Path) -> list[str]:
+def write_small(models: Path, way: str = "--models") -> list[str]:
     """`models/OpenS2S` and `models/glm-4-voice-decoder`, each whole or not there -> those written.
 
     One that is there as it is shipped stays. Raises CheckpointError for any other that is there.
+    way: of `check_place`.
     """
-    with locked(models):
+    needed = f"the small model takes {size_text(shipped_size())}"
+    with locked(models, way=way, full=needed):
         names = [name for name in NAMES if not is_as_shipped(models / name)]
         _write(models, names)
     return names
 
 
 def _write(models: Path, names: Sequence[str]) -> None:
-    try:
-        make_directories(models, {name: partial(_copy, name) for name in names}, MADE)
-    except OSError as exc:
-        if exc.errno not in FULL:
-            raise
-        raise CheckpointError(
-            f"the disk of {models} is full ({exc.strerror}); the small model takes "
-            f"{size_text(shipped_size())}: make room and start again"
-        ) from exc
+    make_directories(models, {name: partial(_copy, name) for name in names}, MADE)
     manifest = Manifest(models)
     for name in set(NAMES).difference(manifest.names()):
         manifest.enter(name, MADE)
