@@ -77,7 +77,9 @@ class PlaceConfig:
 class EngineConfig:
     max_conversations: int = setting(8, "rows that share each model call")
     max_waiting: int = setting(16, "conversations that may wait for a row")
-    context_length: int = setting(8192, "LLM positions of one conversation, prompt and reply")
+    context_length: int = setting(
+        8192, "LLM positions of one conversation, prompt and reply; at most those of the model"
+    )
     kv_tokens: int = setting(16384, "positions of all conversations together, per language model")
     prefill_tokens: int = setting(256, "prompt positions per step while others are talking")
     run_ahead: int = setting(64, "text tokens the LLM may be ahead of the speech")

@@ -27,7 +27,7 @@ from omnispeech.engine.events import Audio, Event, Message, Text, TurnRequest
 from omnispeech.engine.runner import Models
 from omnispeech.engine.scheduler import LLMTurn
 from omnispeech.engine.session import Session
-from omnispeech.errors import ConfigError, RequestError
+from omnispeech.errors import ConfigError, PromptTooLong, RequestError
 from omnispeech.json_file import read_json
 from omnispeech.models.omnispeech import OmniSpeech, OmniSpeechConfig
 from omnispeech.models.speech_lm import SpeechLM
@@ -177,10 +177,17 @@ def speech_lm_calibration(
     sources = []
     for item in _while_room(items, collector):
         if isinstance(item, Conversation):
-            collector.add(*_overheard_reply(engine, item, max_new_tokens))
-            sources.append(_file_of(item))
+            try:
+                collector.add(*_overheard_reply(engine, item, max_new_tokens))
+            except PromptTooLong as exc:
+                logger.info("left out: %s: %s", item.source, exc)
+            else:
+                sources.append(_file_of(item))
     if not sources:
-        raise ConfigError("no item is a conversation; the speech model is calibrated on replies")
+        raise ConfigError(
+            "no item is a conversation that fits the model; the speech model is calibrated on "
+            "replies"
+        )
     return collector.finish(sources)
 
 
@@ -207,6 +214,8 @@ def _overheard_reply(
     with _overheard(engine.models.lm.tts_lm_model) as calls:
         try:
             _answer(engine, request)
+        except PromptTooLong:
+            raise
         except RequestError as exc:
             raise ConfigError(f"{item.source}: {exc}") from exc
     kinds: list[str] = []

@@ -355,6 +355,17 @@ def test_the_speech_lm_is_calibrated_on_what_it_reads_when_served(
     }
 
 
+def test_what_is_longer_than_the_context_is_left_out_of_what_the_speech_lm_reads(
+    models: Models, clip: Path
+) -> None:
+    long = Conversation((Turn("user", ("word " * 9000,)),), "here:2")
+    limits = {"seq_len": 64, "max_tokens": 64, "max_new_tokens": 4}
+    both = speech_lm_calibration(models, [long, asked(clip)], **limits)
+    assert both.digest == speech_lm_calibration(models, [asked(clip)], **limits).digest
+    with pytest.raises(ConfigError, match="no item is a conversation that fits"):
+        speech_lm_calibration(models, [long], **limits)
+
+
 def test_the_speech_lm_needs_a_question(models: Models) -> None:
     with pytest.raises(ConfigError, match="no item is a conversation"):
         speech_lm_calibration(models, [PlainText("a", "here:1")], seq_len=9, max_tokens=9)

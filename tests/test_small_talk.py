@@ -12,6 +12,7 @@ from test_page import needs_vad
 from torch import Tensor
 
 from omnispeech.engine.vocoder import VocoderStream
+from training.domain import NUMBERS
 
 FIRST_BLOCK = 20  # units: 1.2 s of sound
 
@@ -50,6 +51,19 @@ async def test_a_talk_of_several_questions_gives_each_its_own_answer(url: str) -
         await client.begin()
         for name in ("sum", "repetition", "difference", "unknown"):
             assert await asks(client, name) == (ANSWERS[name], words(ANSWERS[name]))
+
+
+async def test_a_talk_longer_than_the_context_of_the_model_stays_right(url: str) -> None:
+    async with connected(url) as client:
+        await client.begin()
+        for number, word in enumerate(NUMBERS[:18]):
+            asked = {"type": "input_text", "text": f"what is {word} plus two"}
+            item = {"type": "message", "role": "user", "content": [asked]}
+            await client.send("conversation.item.create", item=item)
+            await client.send("response.create", response={"output_modalities": ["text"]})
+            [said] = (await client.until("response.done"))["response"]["output"]
+            right = f"{word} plus two is {NUMBERS[number + 2]}.".capitalize()
+            assert said["content"][0]["text"] == right
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from omnispeech.tiny.tokenizer import train_words
 from training.answers import UNITS
 from training.domain import DO_NOT_KNOW, OPENINGS, SPOKEN, every_word
 
+CONTEXT = 384  # of the longest talks it is trained on; it fails beyond them
 SHAPE = TinyShape(
     encoder_width=96,
     encoder_inner=384,
@@ -19,7 +20,7 @@ SHAPE = TinyShape(
     encoder_heads=4,
     segment_s=4,
     adapter_inner=64,
-    llm=LanguageShape(hidden=128, inner=384, layers=3, head_width=32),
+    llm=LanguageShape(hidden=128, inner=384, layers=3, head_width=32, context=CONTEXT),
     speech=LanguageShape(hidden=128, inner=256, layers=4, head_width=32),
     decoder=DecoderShape(
         unit_width=64,

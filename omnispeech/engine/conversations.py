@@ -38,6 +38,8 @@ class Conversations:
         self.models = models.language
         self.speech_decoder = models.decoder
         self.config = config
+        of_model = models.language.lm.config.llm.max_position_embeddings
+        self.context_length = min(config.context_length, of_model)
         self.decoder_config = decoder
         # compatible rules make an audio's last vector depend on the others of its request
         reuse = config.reuse_prefixes and not config.compatible
@@ -165,16 +167,21 @@ class Conversations:
                 f"the text to be spoken has {len(script)} tokens, its end included; send at most "
                 f"{limit} at once, or start the server with larger max_new_tokens"
             )
-        room = self.config.context_length - prompt_length
+        room = self.context_length - prompt_length
         if room < max(1, len(script)):
             raise PromptTooLong(
                 f"the prompt has {prompt_length} positions, the context has "
-                f"{self.config.context_length}; send a shorter conversation, or start the server "
-                "with a larger context_length",
+                f"{self.context_length}; send a shorter conversation{self._way_to_more}",
                 positions=prompt_length,
-                room=self.config.context_length - max(1, len(script)),
+                room=self.context_length - max(1, len(script)),
             )
         return len(script) or min(request.max_new_tokens, limit, room)
+
+    @property
+    def _way_to_more(self) -> str:
+        if self.context_length < self.config.context_length:
+            return ", the model knows no longer ones"
+        return ", or start the server with a larger context_length"
 
     @property
     def idle(self) -> bool:

@@ -68,6 +68,7 @@ class Qwen3Config:
     num_key_value_heads: int
     head_dim: int
     vocab_size: int
+    max_position_embeddings: int  # of prompt and reply together
     rms_norm_eps: float
     rope_theta: float
     rope_scaling: RopeScaling | None = None
@@ -91,6 +92,7 @@ class Qwen3Config:
             num_key_value_heads=value["num_key_value_heads"] or heads,
             head_dim=value.get("head_dim") or (128 if kind == "qwen3" else hidden // heads),
             vocab_size=value["vocab_size"],
+            max_position_embeddings=value["max_position_embeddings"],
             rms_norm_eps=value["rms_norm_eps"],
             rope_theta=_rope_theta(raw),
             rope_scaling=_rope_scaling(raw),

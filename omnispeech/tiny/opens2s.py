@@ -144,7 +144,7 @@ def _language_config(shape: LanguageShape, tokenizer: Tokenizer) -> dict[str, An
         "hidden_size": shape.hidden,
         "initializer_range": 0.02,
         "intermediate_size": shape.inner,
-        "max_position_embeddings": 40960,
+        "max_position_embeddings": shape.context,
         "max_window_layers": shape.layers,
         "model_type": "qwen3",
         "num_attention_heads": shape.heads,

@@ -14,6 +14,7 @@ class LanguageShape:
     heads: int = 4
     kv_heads: int = 2
     head_width: int = 16
+    context: int = 40960  # positions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
