@@ -165,7 +165,7 @@ def test_push_to_talk_by_keyboard_with_a_hostile_text(browsers: Browsers) -> Non
         visit.waits_for("ready")
         visit.waits_for_level("#played", "=== 0")
         ms = visit.until("conversation.item.truncate").event["audio_end_ms"]
-        assert 50 < ms < 3000
+        assert 0 < ms < 3000
         assert visit.of("error") == []
 
 
