@@ -410,16 +410,6 @@ async def test_nothing_to_answer_is_refused() -> None:
     assert error["param"] == "response.input"
 
 
-async def test_a_turn_for_which_there_is_no_room_is_not_told_as_committed() -> None:
-    async with talking(FakeEngine(*STOP), max_messages=1) as client:
-        await client.begin(**MANUAL)
-        await client.say()
-        await client.append(noise(0.3))
-        await client.send("input_audio_buffer.commit")
-        assert (await client.error())["code"] == "conversation_full"
-    assert len(client.of("input_audio_buffer.committed")) == 1
-
-
 @pytest.mark.parametrize(
     ("frame", "code"),
     [

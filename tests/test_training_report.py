@@ -9,12 +9,12 @@ import torch
 
 from training.answers import UNIT_SAMPLES, VOICE, Lexicon
 from training.asking import Reply
-from training.domain import DO_NOT_KNOW, SPOKEN, Turn
+from training.domain import DO_NOT_KNOW, SPOKEN, Turn, words_of
 from training.judge import ANY_WORDS, Judge, Score
 from training.listening import Samples
 from training.questions import Question, Said, asked, spoken, talk, wav
 from training.recordings import HEARD_HZ, Clip, Recordings
-from training.report import CEILING, Heard, Reporter, Row, bounds, mean, table, words_in
+from training.report import CEILING, Heard, Reporter, Row, bounds, mean, table
 from training.report import SPOKEN as SPOKEN_QUESTIONS
 from training.voices import RATE_HZ, speak
 
@@ -164,14 +164,14 @@ def test_questions_are_told_apart_by_what_is_asked() -> None:
 
 
 def test_a_text_of_several_sentences_is_one_row_of_words() -> None:
-    assert words_in("Apple, tiger. Seven!") == ["apple", "tiger", "seven"]
+    assert words_of("Apple, tiger. Seven!") == ["apple", "tiger", "seven"]
 
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 def test_the_judge_hears_any_words_only_if_told_so() -> None:
     pytest.importorskip("pocketsphinx")
     judge = Judge()
-    assert judge.hear(speak("three plus four is seven.", VOICE), RATE_HZ) == words_in(SUM)
+    assert judge.hear(speak("three plus four is seven.", VOICE), RATE_HZ) == words_of(SUM)
     mixed = speak("seven tiger plus.", VOICE)
     assert judge.hear(mixed, RATE_HZ, ANY_WORDS) == ["seven", "tiger", "plus"]
     assert judge.hear(mixed, RATE_HZ) != ["seven", "tiger", "plus"]

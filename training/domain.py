@@ -103,8 +103,8 @@ def facts() -> list[tuple[int, str, int]]:
     return [fact for fact in every if compute(*fact) is not None]
 
 
-def words_of(answer: str) -> list[str]:
-    return answer.lower().rstrip(".").split()
+def words_of(text: str) -> list[str]:
+    return [word for words in sentences_of(text) for word in words]
 
 
 def sentences_of(text: str) -> list[list[str]]:

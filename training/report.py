@@ -12,7 +12,7 @@ from omnispeech.quantization.output import write_json
 from training import questions
 from training.answers import Lexicon
 from training.asking import Reply, server
-from training.domain import sentences_of
+from training.domain import words_of
 from training.export import MOST_BYTES, bytes_in
 from training.fitting import Clock
 from training.judge import ANSWERS, ANY_WORDS, Judge, Score, score
@@ -106,11 +106,11 @@ class Reporter:
         rows = {}
         for name, way in chain.ways().items():
             logger.info("%s", name)
-            rows[name] = self.of_sounds(asked, [way(words_in(text)) for text in asked])
+            rows[name] = self.of_sounds(asked, [way(words_of(text)) for text in asked])
         return rows
 
     def of_sounds(self, texts: list[str], sounds: list[Samples]) -> Row:
-        said = [words_in(text) for text in texts]
+        said = [words_of(text) for text in texts]
         heard = [self.judge.hear(sound, RATE_HZ) for sound in sounds]
         recordings = [self.recording(text) for text in texts]
         return Row(
@@ -151,12 +151,12 @@ class Reporter:
         }
 
     def of_reading(self, texts: list[str]) -> Row:
-        said = [words_in(text) for text in texts]
+        said = [words_of(text) for text in texts]
         heard = [self.judge.hear(self.recording(text), RATE_HZ, ANY_WORDS) for text in texts]
         return Row(score(said, heard), misheard=misheard(said, heard))
 
     def recording(self, text: str) -> Samples:
-        return self.lexicon.speech(words_in(text))
+        return self.lexicon.speech(words_of(text))
 
     def ask(self, address: str, asked: list[Question], expected: str) -> list[Heard]:
         """One after the other, each with its own seed"""
@@ -171,12 +171,12 @@ class Reporter:
         ]
 
     def row(self, heard: list[Heard]) -> Row:
-        said = [words_in(h.reply.text) for h in heard]
+        said = [words_of(h.reply.text) for h in heard]
         words = [h.words for h in heard]
         return Row(
             score(said, words),
             text_right=mean(h.text_right for h in heard),
-            right_heard=mean(h.words == words_in(h.question.wanted) for h in heard),
+            right_heard=mean(h.words == words_of(h.question.wanted) for h in heard),
             pauses_db=mean(map(self.pauses_db, heard)),
             real_time=mean(h.reply.real_time for h in heard),
             wrong=[(h.question.told, h.reply.text) for h in heard if not h.text_right],
@@ -188,10 +188,6 @@ class Reporter:
         recording, made = self.recording(heard.question.wanted), heard.reply.samples
         alike = heard.reply.rate_hz == RATE_HZ and abs(len(recording) - len(made)) < NEAR
         return pause_level_db(made, recording) if heard.text_right and alike else None
-
-
-def words_in(text: str) -> list[str]:
-    return [word for words in sentences_of(text) for word in words]
 
 
 def misheard(said: list[list[str]], heard: list[list[str]]) -> list[tuple[str, str]]:
