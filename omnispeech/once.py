@@ -14,12 +14,13 @@ from typing import Any
 import httpx
 
 from omnispeech.checkpoint.whole_file import size_text
-from omnispeech.client import DEFAULT_SAMPLING, ServerError, ask, read_sound, show
+from omnispeech.client import Sampling, ServerError, ask, read_sound, show
 
 logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 LOOK_EVERY_S = 1.0
+SAMPLING = Sampling(seed=1)  # two starts with one model can be compared
 END_S = 40.0  # a worker that does not end within it is killed
 
 
@@ -33,7 +34,7 @@ def answer_once(command: Sequence[str], question: Path) -> int:
         ready = wait_ready(process, server)
         show(f"ready after {time.monotonic() - began:.1f} s\n")
         show("".join(phase_line(name, phase) for name, phase in ready["phases"].items()))
-        answer = ask(sound, server, DEFAULT_SAMPLING)
+        answer = ask(sound, server, SAMPLING)
         show(answer.report() + "\n")
         if not answer.pcm:
             raise ServerError("the reply has no sound")

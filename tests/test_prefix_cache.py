@@ -8,8 +8,9 @@ import pytest
 import torch
 from golden_models import Caller, conversations, golden_models, question, run
 
+from omnispeech.audio import features
 from omnispeech.engine.conversations import Conversations
-from omnispeech.engine.events import Audio, Done, Message, Text, TurnRequest
+from omnispeech.engine.events import Audio, Done, Message, Samples, Text, TurnRequest
 from omnispeech.engine.prefix_cache import PrefixCache
 from omnispeech.layers.kv_cache import KVCache
 
@@ -60,6 +61,43 @@ def test_sound_that_was_heard_is_not_encoded_again(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(encoder, "encode", encode)
     answered(engine, turn(FIRST, ANSWER, SECOND))
     assert heard == [200]  # the second sound: 2 s
+
+
+def lengths_of_mels(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """In samples, of each that is computed from now on."""
+    made: list[int] = []
+    original = features.log_mel
+
+    def log_mel(samples: Samples, *args: Any, **kwargs: Any) -> torch.Tensor:
+        made.append(len(samples))
+        return original(samples, *args, **kwargs)
+
+    monkeypatch.setattr(features, "log_mel", log_mel)
+    return made
+
+
+def test_features_are_made_of_what_was_not_heard_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, made = conversations(), lengths_of_mels(monkeypatch)
+    answered(engine, turn(FIRST))
+    long_before = made.copy()
+    caller = Caller(engine, turn(FIRST, ANSWER, SECOND))
+    assert (long_before, made) == ([16_000], [16_000, 32_000])  # before the engine's thread has it
+    run(engine)
+    assert made == [16_000, 32_000]
+    assert caller.ids == answered(conversations(), turn(FIRST, ANSWER, SECOND)).ids
+
+
+def test_what_is_forgotten_while_a_turn_waits_is_heard_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = conversations()
+    answered(engine, turn(FIRST))
+    made = lengths_of_mels(monkeypatch)
+    caller = Caller(engine, turn(FIRST, ANSWER, SECOND))
+    engine.runner.prefixes = PrefixCache(engine.runner.llm_cache)
+    run(engine)
+    assert (caller.session.reused, made) == (0, [32_000, 16_000])
+    assert caller.ids == answered(conversations(), turn(FIRST, ANSWER, SECOND)).ids
 
 
 @pytest.mark.parametrize("mode", [{}, {"speech": False}, {"script": "I was there, and so on."}])

@@ -195,7 +195,7 @@ def test_a_short_sound_is_not_padded_to_a_longer_one(compatible: bool, longest: 
     with watched(engine.models.lm.audio_encoder_model) as encoded:
         sounds = tuple(question(seconds=s).messages[0].content[1] for s in (31.0, 2.0))
         caller = Caller(engine, replace(question(), messages=(Message("user", sounds),)))
-        assert [mel.shape[1] for mel in caller.session.features] == longest
+        assert [mel().shape[1] for mel in caller.session.features] == longest
         engine.step()
         engine.step()
     assert lengths(encoded) == [2, 1]

@@ -638,7 +638,7 @@ def test_once_answers_the_shipped_question_and_ends(
     monkeypatch.setenv("HTTP_PROXY", proxy)  # for what is not on this machine
     process = program(converted, "--once", "--max-new-tokens", "12")
     shown, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
+    assert process.returncode == 0, shown
     for part in (READY, "ready after ", "first audio after ", "real-time factor "):
         assert part in shown
     assert re.search(r"^  load [a-z ]+: \d+\.\d s", shown, re.MULTILINE)

@@ -113,7 +113,7 @@ def test_each_sound_is_heard_as_if_it_were_alone(models: Models) -> None:
 def test_samples_and_no_mel_are_prepared(models: Models) -> None:
     assert isinstance(models.language.front_end, Waveform)
     session = engine(models).open(sounds(1.0, 0.5), print)
-    assert [tuple(clip.shape) for clip in session.features] == [(16_000,), (8_000,)]
+    assert [tuple(features().shape) for features in session.features] == [(16_000,), (8_000,)]
 
 
 def test_a_checkpoint_that_brings_its_wavlm_is_served_without_a_word(

@@ -9,6 +9,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import TypeVar
 
 from torch import Tensor
@@ -18,7 +19,7 @@ from omnispeech.engine.events import Audio, Event, Message, Samples, Text, TurnR
 from omnispeech.engine.interleave import Rules
 from omnispeech.engine.pace import Average, BlockRule, LinearCost
 from omnispeech.engine.prefix_cache import Position
-from omnispeech.engine.runner import Models, Runner
+from omnispeech.engine.runner import Models, Runner, unread
 from omnispeech.engine.sampling import samplers
 from omnispeech.engine.scheduler import Scheduler, SoundBlock
 from omnispeech.engine.session import Session
@@ -73,7 +74,8 @@ class Conversations:
         emit: Callable[[Event | Exception], None],
         created_s: float | None = None,
     ) -> Session:
-        """A session for `request`, not yet inserted; its prompt and features are ready.
+        """A session for `request`, not yet inserted; its prompt is ready, and the features
+        of what was not heard before.
 
         created_s: when the request came, by time.perf_counter; None: now.
         Raises RequestError if the request can not be answered, PromptTooLong if a shorter one
@@ -89,15 +91,20 @@ class Conversations:
         valid = [models.front_end.valid_frames(len(samples)) for samples in audios]
         lengths = [self._vectors(*pair) for pair in zip(audios, valid, strict=True)]
         key = position_keys(prompt, audios, lengths)
+        rules = self._rules(request, len(key), script)
+        features = self._features(audios)
+        _, known = unread(prompt, lengths, self.runner.prefixes.known(key))
+        for compute in features[known:]:
+            compute()
         seed = request.seed if request.seed is not None else random.getrandbits(63)
         text_sampler, speech_sampler = samplers(
             request, seed, models.text_top_k, models.speech_top_k
         )
         return Session(
             request=request,
-            rules=self._rules(request, len(key), script),
+            rules=rules,
             prompt=prompt,
-            features=self._features(audios),
+            features=features,
             valid_frames=valid,
             audio_lengths=lengths,
             key=key,
@@ -125,10 +132,14 @@ class Conversations:
             raise
         return True
 
-    def _features(self, audios: Sequence[Samples]) -> list[Tensor]:
-        """The original pads every audio of a request to the longest."""
+    def _features(self, audios: Sequence[Samples]) -> list[Callable[[], Tensor]]:
+        """Computed when first asked for: those of a sound that was heard before are not needed.
+
+        The original pads every audio of a request to the longest.
+        """
         longest = max(map(len, audios), default=0) if self.config.compatible else 0
-        return [self.models.front_end.features(samples, longest=longest) for samples in audios]
+        compute = partial(self.models.front_end.features, longest=longest)
+        return [cache(partial(compute, samples)) for samples in audios]
 
     def _vectors(self, samples: Samples, valid_frames: int) -> int:
         """Prompt positions that an audio takes, known before it is heard."""

@@ -29,6 +29,10 @@ class PrefixCache:
     def kept_tokens(self) -> int:
         return sum(kept.row.capacity for kept in self._kept)
 
+    def known(self, key: Sequence[Position]) -> int:
+        """How much of `key` `take` would find now. Safe from any thread."""
+        return self._longest(key[:-1])[1]
+
     def take(self, key: Sequence[Position], capacity: int) -> Row | None:
         """A row with as much of `key` already in it as is known; None if there is no room.
 
@@ -72,7 +76,7 @@ class PrefixCache:
 
     def _longest(self, key: Sequence[Position]) -> tuple[Kept | None, int]:
         best, most = None, 0
-        for kept in self._kept:
+        for kept in tuple(self._kept):
             common = _common(key, kept.key)
             if common > most:
                 best, most = kept, common

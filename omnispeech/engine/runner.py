@@ -101,10 +101,10 @@ class Runner:
         """Puts the next audio of the request through the encoder; after the last, the prompt is
         spliced. What the row has in it already is left out."""
         lm = self.models.lm
-        first, known = _unread(session)
+        first, known = unread(session.prompt, session.audio_lengths, session.reused)
         heard = known + len(session.frames)
         if heard < len(session.features):
-            clip, valid = session.features[heard], session.valid_frames[heard]
+            clip, valid = session.features[heard](), session.valid_frames[heard]
             session.frames.append(lm.audio_encoder_model.encode(clip, valid))
         if known + len(session.frames) == len(session.features):
             lengths = map(lm.audio_encoder_model.output_length, session.valid_frames[known:])
@@ -263,12 +263,12 @@ def _row(row: Row | None) -> Row:
     return row
 
 
-def _unread(session: Session) -> tuple[int, int]:
+def unread(prompt: list[int], audio_lengths: list[int], reused: int) -> tuple[int, int]:
     """The first id of the prompt that is not reused as a whole, and how many audios are before."""
-    lengths = iter(session.audio_lengths)
-    widths = [next(lengths) if i == AUDIO_SLOT else 1 for i in session.prompt]
-    first = bisect_right(list(accumulate(widths)), session.reused)
-    return first, session.prompt[:first].count(AUDIO_SLOT)
+    lengths = iter(audio_lengths)
+    widths = [next(lengths) if i == AUDIO_SLOT else 1 for i in prompt]
+    first = bisect_right(list(accumulate(widths)), reused)
+    return first, prompt[:first].count(AUDIO_SLOT)
 
 
 def _prompt_piece(session: Session, count: int) -> Tensor:

@@ -30,7 +30,7 @@ class Session:
     request: TurnRequest
     rules: Rules
     prompt: list[int]  # ids, audio slots not yet expanded
-    features: list["Tensor"]  # [..., T] of each audio, as its encoder reads them
+    features: list[Callable[[], "Tensor"]]  # [..., T] of each audio, as its encoder reads them
     valid_frames: list[int]  # of T
     audio_lengths: list[int]  # prompt positions of each audio
     key: "Sequence[Position]"  # of the prompt, for the prefix cache
