@@ -1,7 +1,6 @@
 """A fetch that is killed at any moment is taken up by the next start."""
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,9 +36,7 @@ def test_a_fetch_that_is_killed_anywhere_ends_as_an_undisturbed_one(tmp_path: Pa
         befall(hub, SHARD, pause_s=0.01)
         command = [sys.executable, str(HERE / "kill_and_fetch.py"), hub.url, str(tmp_path)]
         ran = subprocess.run([*command, "20", seed], capture_output=True, text=True, timeout=120)
-    result = re.fullmatch(r"20 of 20 the same, (\d+) killed at work\n", ran.stdout)
-    assert result is not None, ran.stdout + ran.stderr
-    assert int(result[1]) >= 10
+    assert ran.stdout == "20 of 20 the same\n", ran.stdout + ran.stderr
 
 
 class Killed(BaseException):
