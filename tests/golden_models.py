@@ -1,7 +1,7 @@
 """The golden checkpoints as one small model that hears and speaks."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -43,12 +43,21 @@ def conversations(decoder: DecoderConfig | None = None, **changes: Any) -> Conve
     return Conversations(models, config, decoder or DecoderConfig(euler_steps=2, first_block=10))
 
 
+def endless_models() -> Models:
+    """Every reply is as long as it may be: random weights that are asked without a seed otherwise
+    end where chance has it, now and then before the first sound."""
+    models = golden_models()
+    return replace(
+        models, language=replace(models.language, text_end=frozenset(), speech_end=frozenset())
+    )
+
+
 @contextmanager
-def golden_worker(**settings: Any) -> Iterator[Worker]:
+def golden_worker(load: Callable[[], Models] = endless_models, **settings: Any) -> Iterator[Worker]:
     """Ready, with two rows and cheap sound; `settings` of the engine."""
     engine = EngineConfig(max_conversations=2, **settings)
     sound = DecoderConfig(euler_steps=1, first_block=10)
-    with ready(Worker(golden_models, engine, sound)) as worker:
+    with ready(Worker(load, engine, sound)) as worker:
         yield worker
 
 

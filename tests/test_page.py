@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 from fake_engine import DONE, FakeEngine, serving
+from golden_models import golden_worker
 from page_browser import (
     QUESTION,
     Browsers,
@@ -516,28 +517,20 @@ def test_a_track_waits_for_a_little_sound_but_not_after_its_end(
 
 @needs_browser
 @pytest.mark.usefixtures("no_settings")
-def test_a_turn_with_a_real_model(browsers: Browsers, tmp_path: Path) -> None:
-    from omnispeech.service import build_worker, settings_of
-    from omnispeech.tiny.directory import write_tiny
-
-    write_tiny(tmp_path / "models")
-    flags = {"models": str(tmp_path / "models"), "device": "cpu"}
-    worker = build_worker(settings_of(flags, {}))
-    worker.start()
-    try:
-        while not worker.status().ready:
-            threading.Event().wait(0.05)
-        with serving(worker) as url, browsers.visiting(url) as visit:
-            visit.start()
-            visit.waits_for("ready")
-            visit.page.get_by_role("slider", name="Longest reply").fill("32")
-            visit.says()
-            done = visit.until("response.done").event["response"]
-            assert done["status"] in ("completed", "incomplete")
-            visit.page.locator(".entry.assistant .sound").wait_for()
-            assert visit.text(".entry.assistant .words")
-            assert visit.figures()["First sound"] > 0
-            visit.page.keyboard.press("Escape")
-            visit.waits_for("ready")
-    finally:
-        worker.close()
+def test_a_turn_with_a_real_model(browsers: Browsers) -> None:
+    with (
+        golden_worker(kv_tokens=4096, context_length=1000) as worker,
+        serving(worker) as url,
+        browsers.visiting(url) as visit,
+    ):
+        visit.start()
+        visit.waits_for("ready")
+        visit.page.get_by_role("slider", name="Longest reply").fill("32")
+        visit.says()
+        done = visit.until("response.done").event["response"]
+        assert done["status"] == "incomplete"
+        visit.page.locator(".entry.assistant .sound").wait_for()
+        assert visit.text(".entry.assistant .words")
+        assert visit.figures()["First sound"] > 0
+        visit.page.keyboard.press("Escape")
+        visit.waits_for("ready")

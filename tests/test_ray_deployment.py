@@ -368,7 +368,7 @@ class Deployment:
         return list(talks.values())
 
     async def ask(self) -> httpx.Response:
-        query = {"max_new_tokens": "16", "format": "pcm"}
+        query = {"max_new_tokens": "16", "format": "pcm", "seed": "3"}
         return await self.client.post("/v1/speech", params=query, content=QUESTION.read_bytes())
 
     def reply(self, response_format: str) -> AbstractAsyncContextManager[httpx.Response]:
