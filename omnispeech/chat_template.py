@@ -74,8 +74,8 @@ class ChatTemplate:
         before = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
         try:
             text = self.render([*before, *turns], functions)
-        except RequestError:
-            return False
+        except (RequestError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
+            return False  # whatever a template does to what it does not know
         return all(word in text for word in words)
 
 

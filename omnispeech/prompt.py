@@ -9,6 +9,7 @@ import codecs
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -26,6 +27,16 @@ AUDIO_MARKER = "<|im_audio|>"  # text only: it is cut out before tokenisation
 SPEECH_START, SPEECH_END = "<|im_tts_start|>", "<|im_tts_end|>"
 END_OF_TURN = "<|im_end|>"
 CONTROL_TOKENS = ("<|im_start|>", END_OF_TURN, AUDIO_START, AUDIO_END, SPEECH_START, SPEECH_END)
+
+NO_TOOLS = "the chat template of this model has no place for functions; send no tools"
+NO_CALLS = (
+    "the chat template of this model has no place for calls of functions and their results; send "
+    "a conversation without them"
+)
+NO_FUNCTIONS = (
+    "the compatible mode has the prompts of the original, which know no functions; send none, or "
+    "start the server without --compatible"
+)
 
 PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 UNIT_TOKEN = re.compile(r"<\|audio_(\d+)\|>")
@@ -79,7 +90,7 @@ class PromptBuilder:
     ) -> list[int]:
         """As many AUDIO_SLOTs as the messages have audios, in the same order.
 
-        Raises Unsupported if the chat template has no place for functions.
+        Raises Unsupported for what is in `unsupported`.
         """
         try:
             return self._checked_ids(messages, functions)
@@ -123,24 +134,21 @@ class PromptBuilder:
         stream = self.text_stream()
         return stream.push(ids) + stream.finish()
 
+    @cached_property
+    def unsupported(self) -> dict[str, str]:
+        """What a prompt cannot have, "tools" or "tool_calls" (results too) -> what to do."""
+        if self._compatible:
+            return {"tools": NO_FUNCTIONS, "tool_calls": NO_FUNCTIONS}
+        tools = {} if self._template.shows_functions else {"tools": NO_TOOLS}
+        return tools if self._template.shows_calls else {**tools, "tool_calls": NO_CALLS}
+
     def _check_functions(
         self, messages: Sequence[PromptMessage], functions: Sequence[Function]
     ) -> None:
         calls = any(m.calls or m.role == "tool" for m in messages)
-        if self._compatible and (functions or calls):
-            raise Unsupported(
-                "the compatible mode has the prompts of the original, which know no functions; "
-                "send none, or start the server without --compatible"
-            )
-        if functions and not self._template.shows_functions:
-            raise Unsupported(
-                "the chat template of this model has no place for functions; send no tools"
-            )
-        if calls and not self._template.shows_calls:
-            raise Unsupported(
-                "the chat template of this model has no place for calls of functions and their "
-                "results; send a conversation without them"
-            )
+        for name, sent in (("tools", bool(functions)), ("tool_calls", calls)):
+            if sent and name in self.unsupported:
+                raise Unsupported(self.unsupported[name])
 
     def _plain_ids(self, text: str) -> list[int]:
         return self._plain.encode(text, add_special_tokens=False).ids

@@ -18,7 +18,7 @@ from fake_engine import DONE, FakeEngine, call, serving, sound, sound_file, tone
 from openai_client import MODEL, async_client_address, check_type, client_of
 
 from omnispeech.config import TalkConfig
-from omnispeech.engine.events import Audio, Message, Text, TextDelta, ToolCall
+from omnispeech.engine.events import Audio, EngineStatus, Message, Text, TextDelta, ToolCall
 from omnispeech.errors import (
     GenerationError,
     Overloaded,
@@ -373,6 +373,38 @@ def test_with_tool_choice_none_no_function_is_offered() -> None:
     assert engine.requests[0].tools == ()
 
 
+NO_PLACE = EngineStatus(
+    ready=True, unsupported={"tools": "send no tools", "tool_calls": "send no calls"}
+)
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        ({"tools": TOOLS}, "tools"),
+        ({"tools": TOOLS, "stream": True}, "tools"),
+        ({"messages": tool_history("x", "y")}, "messages[1].tool_calls"),
+    ],
+)
+def test_what_the_template_has_no_place_for_is_refused_by_its_field(
+    request_: Any, param: str
+) -> None:
+    with client_of(engine := FakeEngine(*WRITTEN, status=NO_PLACE)) as client:
+        error = refused(client, **request_)
+    assert isinstance(error, openai.BadRequestError)
+    assert (error.param, error.code) == (param, "unsupported_parameter")
+    assert "; send no " in error.message
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    "request_", [{"tools": []}, {"tool_choice": "auto"}, {"tools": TOOLS, "tool_choice": "none"}]
+)
+def test_who_wants_no_function_called_hears_nothing_of_it(request_: Any) -> None:
+    ask(engine := FakeEngine(*WRITTEN, status=NO_PLACE), **request_)
+    assert engine.requests[0].tools == ()
+
+
 UNSUPPORTED: dict[str, Any] = {
     "n": 2,
     "stop": ["a"],
@@ -497,7 +529,7 @@ async def test_a_body_that_is_no_request_is_refused_in_openais_shape(body: bytes
         (Overloaded("full"), 503, "overloaded", "1"),
         (TooManyRequests("slower", 7), 429, "rate_limit_exceeded", "7"),
         (PromptTooLong("too long", 9, 8), 400, "context_length_exceeded", None),
-        (Unsupported("no tools in this template"), 501, "unsupported", None),
+        (Unsupported("not this model"), 501, "unsupported", None),
         (GenerationError("the device failed"), 500, None, None),
     ],
 )
@@ -512,7 +544,7 @@ def test_a_refusal_of_the_engine_is_a_status_with_its_code(
 
 
 def test_what_can_never_work_is_not_tried_again() -> None:
-    engine = FakeEngine(Unsupported("no tools in this template"))
+    engine = FakeEngine(Unsupported("not this model"))
     with (
         client_of(engine) as client,
         pytest.raises(openai.InternalServerError),

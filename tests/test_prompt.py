@@ -21,6 +21,7 @@ from omnispeech.prompt import (
     PromptMessage,
     UnitVocabulary,
 )
+from omnispeech.tiny.tokenizer import CHAT_TEMPLATE
 
 GOLDEN = Path(__file__).parent / "golden" / "opens2s"
 TINY = GOLDEN / "opens2s-tiny"
@@ -187,6 +188,30 @@ def test_a_refusal_of_the_template_reaches_the_caller(tmp_path: Path) -> None:
     (path / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(RequestError, match="roles must alternate"):
         PromptBuilder.from_directory(path).build([user("a")])
+
+
+BOTH = {"tools", "tool_calls"}
+ONLY_FUNCTIONS = "{{ tools | tojson if tools }}{{ messages[-1].content }}"
+BREAKS = "{% if tools %}{{ 1 + tools }}{% endif %}{{ messages[-1].content }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "missing"),
+    [(CHAT_TEMPLATE, set()), (ONLY_FUNCTIONS, {"tool_calls"}), (BREAKS, BOTH)],
+)
+def test_what_a_template_has_no_place_for_is_known(
+    tmp_path: Path, template: str, missing: set[str]
+) -> None:
+    path = copied(tmp_path)
+    (path / "chat_template.jinja").write_text(template)
+    assert PromptBuilder.from_directory(path).unsupported.keys() == missing
+    assert PromptBuilder.from_directory(path, compatible=True).unsupported.keys() == BOTH
+
+
+def test_the_template_of_the_original_has_no_place_for_functions() -> None:
+    assert SAFE.unsupported.keys() == BOTH
+    assert "send no tools" in SAFE.unsupported["tools"]
+    assert "without --compatible" in COMPATIBLE.unsupported["tools"]
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])

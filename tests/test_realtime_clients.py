@@ -18,7 +18,16 @@ import soundfile
 import soxr
 
 from omnispeech.config import TalkConfig
-from omnispeech.engine.events import Audio, Event, Message, Text, TextDelta, ToolCall, TurnRequest
+from omnispeech.engine.events import (
+    Audio,
+    EngineStatus,
+    Event,
+    Message,
+    Text,
+    TextDelta,
+    ToolCall,
+    TurnRequest,
+)
 from tests.fake_engine import DONE as CUT
 from tests.fake_engine import RATE_HZ, FakeEngine, Step, serving, sound
 
@@ -158,3 +167,13 @@ def test_without_transcripts_it_is_told_so_once(client: Client, question: Path) 
     assert report["answers"][0]["text"] == "One."
     assert len(report["errors"]) == client.asks_for_transcripts
     assert all("session.audio.input.transcription" in error for error in report["errors"])
+
+
+def test_without_tools_it_hears_nothing_of_a_model_that_takes_none(
+    client: Client, question: Path
+) -> None:
+    toolless = EngineStatus(ready=True, unsupported={"tools": "send none", "tool_calls": "none"})
+    with serving(Partner(status=toolless), TalkConfig(transcription="model")) as url:
+        report = held(client, url, question, "turn", "turn")
+    assert [answer["text"] for answer in report["answers"]] == ["One.", "Two."]
+    assert (report["errors"], report["logged"]) == ([], [])

@@ -550,6 +550,32 @@ def test_a_turn_goes_with_its_calls_and_their_results() -> None:
     assert plain(items.messages("")) == [("user", "c")]
 
 
+@pytest.mark.parametrize(
+    "wire",
+    [
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "x"},
+    ],
+)
+def test_calls_are_refused_where_the_model_has_no_place_for_them(wire: dict[str, Any]) -> None:
+    items = conversation(said("a", "a"), limits=Limits(no_calls="send none"))
+    with pytest.raises(ProtocolError, match="send none") as caught:
+        items.add(read(**wire))
+    assert (caught.value.param, caught.value.code) == ("item.type", "unsupported")
+    with pytest.raises(ProtocolError, match="send none") as caught:
+        items.chosen((wire,), PCM_24K)
+    assert caught.value.param == "response.input[0].type"
+    assert ids(items) == ["a"]
+
+
+def test_a_call_that_the_model_makes_itself_is_never_refused() -> None:
+    items = conversation(limits=Limits(no_calls="send none"))
+    made = FunctionCall("call", "c", "f", "")
+    made.status = "in_progress"
+    items.add(made)
+    assert ids(items) == ["call"]
+
+
 def test_limits_are_those_of_the_server() -> None:
     config = ServerConfig(max_messages=7, max_text_chars=8, max_audio_s=9)
     limits = Limits.of(config, TalkConfig(talk_audio_s=10))

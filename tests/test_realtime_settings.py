@@ -11,6 +11,8 @@ from omnispeech.server.realtime.settings.session_settings import SessionSettings
 from omnispeech.server.realtime.settings.turn_settings import ServerVAD
 
 START = SessionSettings()
+NO_PLACE = {"tools": "no place for functions; send no tools", "tool_calls": "no place for calls"}
+TOOLLESS = SessionSettings(unable=NO_PLACE)
 WEATHER = {
     "type": "function",
     "name": "weather",
@@ -337,6 +339,31 @@ def test_a_wrong_tool_is_refused_with_the_reason(tool: Any, word: str) -> None:
     (refusal,) = refusals(tools=[tool]).values()
     assert refusal.param == "session.tools[0]"
     assert word in str(refusal)
+
+
+def test_tools_are_refused_as_a_whole_where_the_model_has_no_place_for_them() -> None:
+    for tools in ([WEATHER], [WEATHER] * 2, [{"type": "mcp"}]):
+        settings, refused = TOOLLESS.updated({"tools": tools, "instructions": "Be brief."})
+        assert [(r.param, r.code) for r in refused] == [("session.tools", "unsupported")]
+        assert str(refused[0]).endswith(NO_PLACE["tools"])
+        assert (settings.tools, settings.instructions) == ((), "Be brief.")
+    _, refused = TOOLLESS.for_response({"tools": [WEATHER], "tool_choice": "none"})
+    assert [(r.param, r.code) for r in refused] == [("response.tools", "unsupported")]
+
+
+@pytest.mark.parametrize("tools", [[], None])
+@pytest.mark.parametrize("choice", ["auto", "none", None])
+def test_a_client_without_tools_hears_nothing_of_them(tools: Any, choice: Any) -> None:
+    settings = updated(TOOLLESS, tools=tools, tool_choice=choice, parallel_tool_calls=True)
+    response, refused = settings.for_response({"tools": tools, "tool_choice": choice})
+    assert (response.tools, refused) == ((), [])
+
+
+def test_the_session_tells_that_the_model_has_no_place_for_tools() -> None:
+    told = described(TOOLLESS)["unsupported"]
+    assert told["tools"] == NO_PLACE["tools"]
+    assert told["item.function_call"] == NO_PLACE["tool_calls"]
+    assert not {"tools", "item.function_call"} & described()["unsupported"].keys()
 
 
 def test_transcription_is_on_where_the_server_offers_it() -> None:

@@ -2,17 +2,22 @@
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
-from golden_models import golden_worker
+from golden_models import golden_models, golden_worker, ready
 from realtime_client import MANUAL, Loudness, RealtimeClient, connected, noise, serving, silence
+from test_tool_calls import prompts
 
-from omnispeech.config import TalkConfig
+from omnispeech.config import DecoderConfig, EngineConfig, TalkConfig
+from omnispeech.engine.runner import Models
 from omnispeech.engine.worker import Worker
 
 LONG = {"max_output_tokens": 200}
+WEATHER: Any = {"name": "weather", "parameters": {"type": "object"}}
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +115,66 @@ async def test_two_conversations_talk_at_once(worker: Worker) -> None:
         replies = await asyncio.gather(*(turn(url) for _ in range(3)))
     assert all(replies)
     await free(worker)
+
+
+@pytest.fixture
+def calling() -> Iterator[Worker]:
+    """The same model with a chat template that has a place for functions."""
+
+    def load() -> Models:
+        models = golden_models()
+        return replace(models, language=replace(models.language, prompt=prompts()))
+
+    settings = EngineConfig(kv_tokens=4096, context_length=1000)
+    with ready(Worker(load, settings, DecoderConfig(euler_steps=1, first_block=10))) as one:
+        yield one
+
+
+async def chat_with_tools(url: str) -> httpx.Response:
+    tools = [{"type": "function", "function": WEATHER}]
+    asked = {"messages": [{"role": "user", "content": "hi"}], "tools": tools, "max_tokens": 4}
+    async with httpx.AsyncClient() as client:
+        return await client.post(f"{url}/v1/chat/completions", json=asked)
+
+
+async def test_tools_that_the_template_has_no_place_for_are_refused_before_a_reply(
+    worker: Worker,
+) -> None:
+    tool = {"type": "function", **WEATHER}
+    called = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    text = {"output_modalities": ["text"], "max_output_tokens": 4}
+    with serving(worker) as url:
+        async with connected(url) as client:
+            created = await client.begin()
+            assert {"tools", "item.function_call"} <= created["unsupported"].keys()
+            settings = {"type": "realtime", "tools": [tool], **MANUAL, **text}
+            await client.send("session.update", session=settings)
+            error = await client.error()
+            assert (error["param"], error["code"]) == ("session.tools", "unsupported")
+            assert error["message"].endswith(created["unsupported"]["tools"])
+            session = (await client.until("session.updated"))["session"]
+            assert (session["tools"], session["max_output_tokens"]) == ([], 4)
+            await client.send("response.create", response={"tools": [tool]})
+            assert (await client.error())["param"] == "response.tools"
+            await client.send("conversation.item.create", item=called)
+            assert (await client.error())["param"] == "item.type"
+            await client.say()
+            assert (await client.reply(tools=[]))["status"] in ("completed", "incomplete")
+        answer = await chat_with_tools(url)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
+
+
+async def test_tools_that_the_template_has_a_place_for_are_read(calling: Worker) -> None:
+    tool = {"type": "function", **WEATHER}
+    text = {"output_modalities": ["text"], "max_output_tokens": 4}
+    with serving(calling) as url:
+        async with connected(url) as client:
+            created = await client.begin(**MANUAL, **text)
+            assert not {"tools", "item.function_call"} & created["unsupported"].keys()
+            await client.say()
+            without = await client.reply()
+            with_tools = await client.reply(tools=[tool])
+            assert client.of("error") == []
+        assert (await chat_with_tools(url)).status_code == 200
+    tokens = [reply["usage"]["input_tokens"] for reply in (without, with_tools)]
+    assert tokens[1] > tokens[0] + 20

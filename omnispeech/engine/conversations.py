@@ -37,6 +37,7 @@ class Conversations:
 
     def __init__(self, models: Models, config: EngineConfig, decoder: DecoderConfig) -> None:
         self.models = models.language
+        self.unsupported = models.language.prompt.unsupported  # as in EngineStatus
         self.speech_decoder = models.decoder
         self.config = config
         of_model = models.language.lm.config.llm.max_position_embeddings

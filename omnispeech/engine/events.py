@@ -162,6 +162,9 @@ class EngineStatus:
     kv_tokens: int = 0  # positions of all conversations together, per language model
     kv_used: int = 0  # of those, taken or kept for a next turn
     device_bytes: int = 0  # memory of the device in use; 0: not known
+    # "tools" and "tool_calls" (results too), where the model cannot take them -> what to do;
+    # known before it is ready
+    unsupported: Mapping[str, str] = field(default_factory=dict)
 
 
 class SpeechEngine(Protocol):

@@ -105,6 +105,7 @@ class Worker:
             kv_tokens=self.config.kv_tokens,
             kv_used=conversations.runner.llm_cache.used_tokens if conversations else 0,
             device_bytes=conversations.runner.device_bytes if conversations else 0,
+            unsupported=conversations.unsupported if conversations else {},
         )
 
     async def answer(self, request: TurnRequest) -> AsyncGenerator[Event, None]:

@@ -28,7 +28,8 @@ def chat_routes(engine: SpeechEngine, config: ServerConfig, talk: TalkConfig) ->
     @router.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:
         body = await request.body()
-        chat = await asyncio.to_thread(parse_chat, body, config, talk, memory)
+        unable = engine.status().unsupported
+        chat = await asyncio.to_thread(parse_chat, body, config, talk, memory, unable)
         reply = await begin(request, engine.answer(chat.turn))
         completion = Completion(chat, reply, config.model_name, engine.sample_rate_hz, memory)
         headers = {"X-Request-Id": reply.id}

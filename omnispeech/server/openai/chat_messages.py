@@ -10,7 +10,7 @@ from omnispeech.config import ServerConfig
 from omnispeech.engine.events import INPUT_RATE_HZ, TOOL, Audio, Message, Samples, Text, ToolCall
 from omnispeech.errors import AudioError
 from omnispeech.server.openai.audio_memory import AudioMemory
-from omnispeech.server.openai.fields import without_neutral
+from omnispeech.server.openai.fields import UNSUPPORTED, without_neutral
 from omnispeech.server.openai.refusals import Refused
 from omnispeech.server.protocol import MAX_REQUEST_AUDIO_S, check_length, sound_of_base64
 
@@ -86,11 +86,15 @@ def _cleaned(place: int, message: dict[str, Any]) -> dict[str, Any]:
 
 
 class MessageReader:
-    """Of one request: its sounds together have a limit."""
+    """Of one request: its sounds together have a limit.
 
-    def __init__(self, config: ServerConfig, memory: AudioMemory) -> None:
+    no_calls: why the model reads no calls of functions.
+    """
+
+    def __init__(self, config: ServerConfig, memory: AudioMemory, no_calls: str | None) -> None:
         self._config = config
         self._memory = memory
+        self._no_calls = no_calls
         self._seconds_left = MAX_REQUEST_AUDIO_S
 
     def read(self, wire: list[WireMessage]) -> tuple[Message, ...]:
@@ -107,6 +111,9 @@ class MessageReader:
     def _message(self, wire: WireMessage, place: int) -> Message:
         where = f"messages[{place}]"
         _check_fields(wire, where)
+        if wire.tool_calls and self._no_calls:
+            field = f"{where}.tool_calls"
+            raise Refused(f"{field}; {self._no_calls}", param=field, code=UNSUPPORTED)
         content = tuple(self._content(wire, where))
         if not content and not wire.tool_calls:
             raise Refused(f"{where} says nothing; send content", param=f"{where}.content")

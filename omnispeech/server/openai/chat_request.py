@@ -1,6 +1,6 @@
 """Body of /v1/chat/completions -> what is asked for. Nothing is left out in silence."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ from omnispeech.server.openai.chat_messages import (
     without_neutral_fields,
 )
 from omnispeech.server.openai.fields import (
+    UNSUPPORTED,
     checked_sampling,
     field_refusal,
     json_object,
@@ -24,6 +25,7 @@ from omnispeech.server.openai.fields import (
 from omnispeech.server.openai.models import check_model
 from omnispeech.server.openai.refusals import Refused
 from omnispeech.server.protocol import Number, WholeNumber, check_length
+from omnispeech.server.refusal import shown
 from omnispeech.server.voices import voice_problem
 
 MAX_TOOLS = 128
@@ -115,8 +117,14 @@ class Chat:
     include_usage: bool
 
 
-def parse_chat(body: bytes, config: ServerConfig, talk: TalkConfig, memory: AudioMemory) -> Chat:
-    """Decodes the sounds too: not for the event loop."""
+def parse_chat(
+    body: bytes,
+    config: ServerConfig,
+    talk: TalkConfig,
+    memory: AudioMemory,
+    unable: Mapping[str, str],
+) -> Chat:
+    """Decodes the sounds too: not for the event loop. unable: EngineStatus.unsupported."""
     given = json_object(body)
     messages = without_neutral_fields(given.get("messages"))
     left = without_neutral({**given, "messages": messages}, NEUTRAL, BOOKKEEPING)
@@ -127,8 +135,11 @@ def parse_chat(body: bytes, config: ServerConfig, talk: TalkConfig, memory: Audi
     check_model(wire.model, config)
     form = _form(wire)
     tools = () if given.get("tool_choice") == "none" else tuple(_tools(wire.tools, config))
+    if tools and "tools" in unable:
+        message = f"tools={shown(given['tools'])}; {unable['tools']}"
+        raise Refused(message, param="tools", code=UNSUPPORTED)
     turn = TurnRequest(
-        messages=MessageReader(config, memory).read(wire.messages),
+        messages=MessageReader(config, memory, unable.get("tool_calls")).read(wire.messages),
         speech=form is not None,
         tools=tools,
         max_new_tokens=_most_tokens(wire, talk),

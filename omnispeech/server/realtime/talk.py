@@ -57,12 +57,14 @@ class Talk:
         self._loop = asyncio.get_running_loop()
         self._ends_s = self._loop.time() + talk_config.max_talk_s
         self._expires_at = int(time.time() + talk_config.max_talk_s)
+        unable = engine.status().unsupported
         settings = SessionSettings(
             may_transcribe=talk_config.transcription == "model",
             reply_tokens=talk_config.reply_tokens,
             max_text_chars=config.max_text_chars,
+            unable=unable,
         )
-        items = Items(Limits.of(config, talk_config))
+        items = Items(Limits.of(config, talk_config, unable.get("tool_calls")))
         self._conversation = Conversation(settings, items, Outbox.closed())
         self._answers = Answers(engine, self._conversation, self._over, self._sent)
         self._hear_anew()

@@ -37,14 +37,16 @@ class Limits:
     max_text_chars: int = 200_000
     max_audio_s: float = 120.0  # of one item
     max_total_audio_s: float = 800.0  # 32 kB a second
+    no_calls: str | None = None  # why the model reads no calls of functions, and no results
 
     @classmethod
-    def of(cls, config: ServerConfig, talk: TalkConfig) -> "Limits":
+    def of(cls, config: ServerConfig, talk: TalkConfig, no_calls: str | None = None) -> "Limits":
         return cls(
             max_items=config.max_messages,
             max_text_chars=config.max_text_chars,
             max_audio_s=config.max_audio_s,
             max_total_audio_s=talk.talk_audio_s,
+            no_calls=no_calls,
         )
 
 
@@ -205,8 +207,20 @@ class Items:
                 code="item_create_invalid_previous_item_id",
                 param="previous_item_id",
             )
+        if isinstance(item, FunctionCall | FunctionOutput):
+            self._check_calls_are_read(item, place)
         if isinstance(item, FunctionOutput):
             self._check_call(item, previous_item_id, place)
+
+    def _check_calls_are_read(self, item: FunctionCall | FunctionOutput, place: str) -> None:
+        """What the model says itself, and is in progress, is never refused."""
+        if self._limits.no_calls and item.status != "in_progress":
+            kind = item.described()["type"]
+            raise ProtocolError(
+                f"{place}.type={shown(kind)}; {self._limits.no_calls}",
+                code="unsupported",
+                param=f"{place}.type",
+            )
 
     def _check_call(self, output: FunctionOutput, previous_item_id: str | None, place: str) -> None:
         before = self._until(previous_item_id)

@@ -1,7 +1,7 @@
 """The session of a live conversation: what is in effect, and how an update changes it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from omnispeech.audio.formats import PCM_24K, AudioFormat
@@ -42,6 +42,8 @@ from omnispeech.server.realtime.settings.turn_settings import DEFAULT, ServerVAD
 from omnispeech.server.voices import VOICE
 
 MAX_TEMPERATURE = 2.0
+# what a model may not be able to take, by its names in EngineStatus -> in a session
+UNABLE = {"tools": "tools", "tool_calls": "item.function_call"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,7 @@ class ReplySettings:
     truncation: Truncation = Truncation()
     reply_tokens: int = 256  # of a reply where the client names no limit
     max_text_chars: int = 200_000  # of the instructions, and of the tools
+    unable: Mapping[str, str] = field(default_factory=dict)  # EngineStatus.unsupported
 
     @property
     def speech(self) -> bool:
@@ -78,7 +81,7 @@ class ReplySettings:
             "instructions": leaf("instructions", or_null(text(self.max_text_chars), "")),
             "output_modalities": leaf("modality", modality),
             "modalities": leaf("modality", old_modality),
-            "tools": tools(self.max_text_chars),
+            "tools": tools(self.max_text_chars, self.unable.get("tools")),
             "tool_choice": leaf("tool_choice", tool_choice),
             "parallel_tool_calls": leaf("parallel_tool_calls", or_null(flag, True)),
             "max_output_tokens": leaf("max_output_tokens", token_limit),
@@ -206,9 +209,10 @@ class SessionSettings(ReplySettings):
         }
 
     def _unsupported(self) -> dict[str, str]:
+        of_model = {UNABLE[name]: reason for name, reason in self.unable.items()}
         if self.may_transcribe:
-            return UNSUPPORTED
-        return UNSUPPORTED | {"audio.input.transcription": NO_TRANSCRIPTION}
+            return UNSUPPORTED | of_model
+        return UNSUPPORTED | of_model | {"audio.input.transcription": NO_TRANSCRIPTION}
 
     def _session_readers(self) -> dict[str, Reader]:
         transcribe = transcription(self.may_transcribe)

@@ -17,8 +17,11 @@ NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 FIELDS = ("type", "name", "description", "parameters")
 
 
-def tools(max_characters: int) -> Reader:
-    """Sets `tools`: those that can be used; each of the others is refused."""
+def tools(max_characters: int, unsupported: str | None = None) -> Reader:
+    """Sets `tools`: those that can be used; each of the others is refused.
+
+    unsupported: why the model can use none.
+    """
 
     def read(value: Any, place: str) -> Read:
         if value is None:
@@ -26,6 +29,9 @@ def tools(max_characters: int) -> Reader:
         if not isinstance(value, list) or len(value) > MAX_TOOLS:
             message = f"{place}={shown(value)}; send a list of at most {MAX_TOOLS} tools"
             return Read(refused=[ProtocolError(message, param=place)])
+        if value and unsupported:
+            message = f"{place}={shown(value)}; {unsupported}"
+            return Read(refused=[ProtocolError(message, code="unsupported", param=place)])
         offer, refused = _Offer(min(max_characters, MAX_FIELD_BYTES)), []
         for number, item in enumerate(value):
             try:
