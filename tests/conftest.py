@@ -1,5 +1,7 @@
+import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,16 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("omnispeech")
+
+
+@pytest.fixture(autouse=True)
+def _log_levels_are_put_back() -> Iterator[None]:
+    """A command that a test calls sets them; the next test may look for a silent log."""
+    loggers = [logging.getLogger(name) for name in ("", "omnispeech", "httpx", "httpx2")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
 
 
 # What the tests of the quantizing commands share; the product is imported when they ask for it.
