@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 import soundfile
 import torch
 from golden_models import ready
@@ -45,10 +46,22 @@ def small_models() -> Models:
 
 @contextmanager
 def small_worker(*, first_block: int = 0, **settings: int) -> Iterator[Worker]:
-    """Ready; `settings` of the engine. first_block: as in DecoderConfig."""
+    """Ready; `settings` of the engine. first_block: as in DecoderConfig.
+
+    A reply whose caller names no seed has always the same: what is said is no matter of chance.
+    """
     sound = DecoderConfig(first_block=first_block)
-    with ready(Worker(small_models, EngineConfig(**settings), sound)) as worker:
-        yield worker
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("omnispeech.engine.conversations.random", Same())
+        with ready(Worker(small_models, EngineConfig(**settings), sound)) as worker:
+            yield worker
+
+
+class Same:
+    """In place of the module `random`."""
+
+    def getrandbits(self, bits: int) -> int:
+        return 1
 
 
 def recorded(name: str) -> bytes:
