@@ -545,7 +545,8 @@ def test_the_small_model_of_another_version_stays_and_the_new_one_is_named(
     words = f"move {old} away, then: omnispeech small {small}"
     assert f"this version brings another one: {words}" in caplog.messages
     shutil.rmtree(small / NAMES[1])
-    with pytest.raises(OmniSpeechError, match="is missing; .* away, then: omnispeech small"):
+    told = f"is missing; .*: move {small / NAMES[0]} away, then: omnispeech small {small},"
+    with pytest.raises(OmniSpeechError, match=told):
         start(small, "--small")  # the new half would not fit the old one
     assert not hub.requests
 

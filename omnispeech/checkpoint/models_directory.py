@@ -235,8 +235,9 @@ def small_command(directory: Path) -> str:
 
 def small_anew(directory: Path) -> str:
     """How the small model takes the place of what is there, in words."""
-    paths = " and ".join(str(directory / name) for name in (OPENS2S, DECODER))
-    return f"move {paths} away, then: {small_command(directory)}"
+    there = [str(path) for name in (OPENS2S, DECODER) if (path := directory / name).exists()]
+    move = f"move {' and '.join(there)} away, then: " if there else ""
+    return f"{move}{small_command(directory)}"
 
 
 def made_by(path: Path) -> str:
