@@ -2,69 +2,37 @@ import { Call } from "./call.js";
 import { showTimings } from "./chart.js";
 import { Controls } from "./controls.js";
 import { Conversation, heard } from "./conversation.js";
+import { Devices } from "./devices.js";
 import { save, soundOf } from "./files.js";
 import { Levels } from "./levels.js";
 import { Notices } from "./notices.js";
 import { Replay } from "./replay.js";
 import { Settings } from "./settings.js";
+import { showStatus } from "./status.js";
 import { Timings } from "./timings.js";
 import { Transcript } from "./transcript.js";
+import { Typing } from "./typing.js";
 
 const FULL_WAIT_S = 15;
-const HINTS = {
-  idle: "Press to start",
-  connecting: "Connecting",
-  asking: "Opening the microphone",
-  deaf: "No microphone",
-  muted: "Microphone off",
-  listening: "Listening",
-  ready: "Hold to talk",
-  hearing: "Hearing you",
-  recording: "Let go to send",
-  thinking: "Thinking",
-  answering: "Speaking",
-};
-const LINKS = { idle: "Not connected", connecting: "Connecting", open: "Connected" };
+const UNSENT = "The file was not sent. Please send it again.";
 
 const $ = (id) => document.getElementById(id);
 const conversation = new Conversation();
 const timings = new Timings();
 const call = new Call(conversation, timings);
 const settings = new Settings($("settings"));
+const devices = new Devices(settings);
 const notices = new Notices($("notices"));
 const controls = new Controls($("talk"));
+const typing = new Typing($("typing"));
 const levels = new Levels();
 const replay = new Replay();
+const goOn = ["Go on", () => notices.clear()];
+let deafness = null; // why there was no microphone
 
 new Transcript($("transcript"), conversation, play);
 
-function state() {
-  if (call.state !== "open") return call.state;
-  const { phase } = call.talk;
-  if (phase === "hearing") return settings.mode === "push" ? "recording" : "hearing";
-  if (phase !== "listening") return phase;
-  if (!call.hasMicrophone) return call.asking ? "asking" : "deaf";
-  if (settings.mode === "push") return "ready";
-  return call.muted ? "muted" : "listening";
-}
-
-function show() {
-  const now = state();
-  document.body.dataset.state = now;
-  document.body.toggleAttribute("data-muted", call.muted);
-  $("hint").textContent = HINTS[now] + (call.muted && now !== "muted" ? ", microphone off" : "");
-  $("link").dataset.state = call.state;
-  $("link").lastElementChild.textContent = LINKS[call.state];
-  $("interrupt").disabled = !call.talk?.replies.busy;
-  $("end").disabled = call.state === "idle";
-  $("talk").setAttribute("aria-label", talkLabel(now));
-}
-
-function talkLabel(now) {
-  if (now === "idle") return "Start the conversation";
-  if (settings.mode === "push") return now === "recording" ? "Send" : "Talk";
-  return call.muted ? "Switch the microphone on" : "Switch the microphone off";
-}
+const show = () => showStatus(call, settings.mode);
 
 function showEntries() {
   const empty = conversation.entries.length === 0;
@@ -79,7 +47,7 @@ async function play(entry) {
 }
 
 async function start() {
-  if (!window.isSecureContext) return notices.show("insecure");
+  if (call.wantsMicrophone && !window.isSecureContext) return notices.show("insecure");
   notices.clear();
   await call.start();
 }
@@ -88,8 +56,9 @@ async function press() {
   replay.stop();
   if (settings.mode === "push" && call.hasMicrophone) return call.press();
   controls.reset(); // nothing to hold here
+  if (call.hasMicrophone) return call.mute(!call.muted);
+  call.wantsMicrophone = true;
   if (call.state === "idle") await start();
-  else if (call.hasMicrophone) call.mute(!call.muted);
   else if (call.state === "open") await call.openMicrophone();
 }
 
@@ -98,21 +67,31 @@ async function sendFile([file]) {
   if (!file) return;
   try {
     const pcm = await soundOf(file);
-    await start();
-    await opened();
-    await call.talk.askWith(pcm, file.name);
+    if (!(await connected(window.isSecureContext))) throw new Error(UNSENT);
+    await call.talk.send(pcm, file.name);
   } catch (error) {
     conversation.note(error.message);
   }
 }
 
-/** Until there is a session; fails if there will be none. */
-function opened() {
-  if (call.state === "open") return Promise.resolve();
-  return new Promise((resolve, reject) => {
-    call.on("session", ({ isNew }) => isNew && resolve());
-    call.on("closed", () => reject(new Error("The file was not sent. Please send it again.")));
-  });
+async function write(text) {
+  replay.stop();
+  typing.hold(true);
+  const open = await connected(false);
+  typing.hold(false);
+  if (!open) return;
+  typing.clear();
+  await call.talk.write(text);
+}
+
+/** For what is to be sent. False: there is no session, and will be none. */
+async function connected(withMicrophone) {
+  if (call.state === "open") notices.clear();
+  if (call.state === "idle") {
+    call.wantsMicrophone = withMicrophone;
+    await start();
+  }
+  return call.opened();
 }
 
 function begin(session, isNew) {
@@ -120,7 +99,8 @@ function begin(session, isNew) {
   if (!isNew) return;
   notices.clear();
   call.talk.configure(settings.session);
-  call.openMicrophone();
+  if (call.wantsMicrophone) call.openMicrophone();
+  else call.choose(settings.devices);
 }
 
 function applyMode(mode) {
@@ -129,6 +109,20 @@ function applyMode(mode) {
   call.talk?.questions.forget();
   if (call.state === "open") call.talk.configure(settings.session);
   show();
+}
+
+function deaf(reason) {
+  deafness = reason;
+  const again = ["Try again", () => {
+    notices.clear();
+    call.openMicrophone();
+  }];
+  notices.show(reason, window.isSecureContext ? [again] : []);
+}
+
+function hears() {
+  notices.withdraw(deafness);
+  devices.refresh(); // they have names now
 }
 
 function troubled({ message, param }) {
@@ -159,10 +153,9 @@ call.on("session", ({ session, isNew }) => begin(session, isNew));
 call.on("trouble", troubled);
 call.on("closed", closed);
 call.on("resumed", () => notices.clear());
-call.on("deaf", (reason) => notices.show(reason, [["Try again", () => {
-  notices.clear();
-  call.openMicrophone();
-}]]));
+call.on("deaf", deaf);
+call.on("microphone", hears);
+call.on("unrouted", (reason) => notices.show("loudspeaker", [goOn], reason));
 call.on("lost", ({ waitS, known }) => {
   notices.show(known ? "lost" : "connecting", [["Try now", () => call.tryNow()]]);
   notices.countDown(waitS);
@@ -173,6 +166,10 @@ call.on("heard", (level) => levels.show([$("heard"), $("talk")], level));
 call.on("played", (level) => levels.show([$("played")], level));
 conversation.on("added", showEntries).on("changed", showEntries).on("removed", showEntries);
 settings.on("mode", applyMode);
+devices.on("changed", (ids) => call.choose(ids));
+devices.on("gone", (labels) => notices.shown || notices.show("gone", [goOn], labels));
+devices.on("back", () => notices.withdraw("gone"));
+typing.on("asked", write);
 settings.on("changed", () => call.state === "open" && call.talk.configure(settings.session));
 controls.on("press", press);
 controls.on("release", () => settings.mode === "push" && call.release());
@@ -202,4 +199,6 @@ call.handsFree = settings.mode !== "push";
 showTimings([], { figure: $("chart"), summary: $("figures"), table: $("table") });
 showEntries();
 show();
+call.choose(settings.devices);
+devices.refresh();
 if (!window.isSecureContext) notices.show("insecure");

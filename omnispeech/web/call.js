@@ -12,8 +12,9 @@ const LAST_PIECE_MS = 60; // what the microphone still holds when the button is 
  * From start to end: the sound devices, the connection, and who may be heard.
  *
  * Tells "changed", "session" {session, isNew}, "trouble" {message, param}, "lost" {waitS, known},
- * "resumed", "closed" {kind, reason}, "deaf" (why there is no microphone), "short" (a press too
- * short to be speech), "heard" (level), "played" (level).
+ * "resumed", "closed" {kind, reason}, "microphone" when there is one, "deaf" (why there is none),
+ * "unrouted" (why the loudspeaker cannot be used), "short" (a press too short to be speech),
+ * "heard" (level), "played" (level).
  */
 export class Call extends Source {
   #conversation;
@@ -21,6 +22,8 @@ export class Call extends Source {
   #connection = null;
   #microphone = null;
   #player = null;
+  #devices = { microphone: "", loudspeaker: "" }; // their ids; "": the default one
+  #waiting = []; // who waits for a session
 
   constructor(conversation, timings) {
     super();
@@ -30,7 +33,9 @@ export class Call extends Source {
     this.talk = null;
     this.handsFree = true;
     this.muted = false;
+    this.wantsMicrophone = true; // else all is typed, or sent as files
     this.asking = false; // for the microphone
+    this.on("changed", () => this.#tellWhoWaits());
   }
 
   get state() {
@@ -60,6 +65,21 @@ export class Call extends Source {
   async prepareSound() {
     this.context ??= new AudioContext({ sampleRate: RATE_HZ, latencyHint: "interactive" });
     await this.context.resume();
+    await this.#route().catch(() => {}); // `choose` tells of it, once devices are named
+  }
+
+  /** Until there is a session; false if there will be none. */
+  opened() {
+    if (this.state !== "connecting") return Promise.resolve(this.state === "open");
+    return new Promise((resolve) => this.#waiting.push(resolve));
+  }
+
+  /** Ids of the devices from now on; "": the default one. */
+  async choose({ microphone, loudspeaker }) {
+    const other = microphone !== this.#devices.microphone;
+    this.#devices = { microphone, loudspeaker };
+    if (other && this.#hears) this.#changeMicrophone();
+    await this.#route().catch(({ message }) => this.emit("unrouted", message));
   }
 
   /** Starts with another key. */
@@ -75,18 +95,18 @@ export class Call extends Source {
   }
 
   async openMicrophone() {
+    this.wantsMicrophone = true;
     if (this.#microphone || this.asking) return;
     this.#ask(true);
-    const microphone = await Microphone.open(this.context).catch(({ reason }) => {
+    const id = this.#devices.microphone;
+    const microphone = await Microphone.open(this.context, id).catch(({ reason }) => {
       this.emit("deaf", reason);
     });
     this.#ask(false);
     if (!microphone) return;
     if (!this.#connection) return microphone.close();
-    this.#microphone = microphone;
-    this.#microphone.on("piece", (piece) => this.#hear(piece));
-    this.#microphone.on("lost", () => this.#loseMicrophone());
-    this.emit("changed");
+    this.#useMicrophone(microphone);
+    if (id !== this.#devices.microphone) this.#changeMicrophone(); // another was chosen meanwhile
   }
 
   tryNow() {
@@ -113,6 +133,41 @@ export class Call extends Source {
   #ask(asking) {
     this.asking = asking;
     this.emit("changed");
+  }
+
+  get #hears() {
+    return this.hasMicrophone || (this.state === "open" && this.wantsMicrophone);
+  }
+
+  #useMicrophone(microphone) {
+    this.#microphone = microphone;
+    microphone.on("piece", (piece) => this.#hear(piece));
+    microphone.on("lost", () => microphone === this.#microphone && this.#loseMicrophone());
+    this.emit("changed");
+    this.emit("microphone");
+  }
+
+  // One after the other: some systems give a page no second microphone.
+  #changeMicrophone() {
+    this.#closeMicrophone();
+    this.openMicrophone();
+  }
+
+  #closeMicrophone() {
+    this.#microphone?.close();
+    this.#microphone = null;
+    this.emit("heard", 0);
+  }
+
+  async #route() {
+    const { loudspeaker } = this.#devices;
+    if ((this.context?.sinkId ?? loudspeaker) === loudspeaker) return;
+    await this.context.setSinkId(loudspeaker);
+  }
+
+  #tellWhoWaits() {
+    if (this.state === "connecting") return;
+    for (const resolve of this.#waiting.splice(0)) resolve(this.state === "open");
   }
 
   async #newPlayer() {
@@ -151,12 +206,10 @@ export class Call extends Source {
 
   #stop() {
     this.#connection = null;
-    this.#microphone?.close();
-    this.#microphone = null;
+    this.#closeMicrophone();
     this.talk?.questions.forget();
     this.talk?.replies.forget();
     this.muted = false;
-    this.emit("heard", 0);
     this.emit("changed");
   }
 
@@ -166,9 +219,13 @@ export class Call extends Source {
     if (taken) this.talk.questions.hear(pcm);
   }
 
+  // One that was chosen is replaced by the default one, until `choose` is told that it is back.
   #loseMicrophone() {
-    this.#microphone = null;
-    this.emit("heard", 0);
+    const { microphone } = this.#devices;
+    this.#devices = { ...this.#devices, microphone: "" };
+    this.#closeMicrophone();
+    if (microphone) return this.openMicrophone();
+    this.emit("changed");
     this.emit("deaf", "unplugged");
   }
 }

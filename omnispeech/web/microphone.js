@@ -9,6 +9,7 @@ const WANTED = {
   autoGainControl: true,
   channelCount: 1,
 };
+const NOT_THERE = ["OverconstrainedError", "NotFoundError"];
 const REASONS = {
   NotAllowedError: "permission",
   SecurityError: "permission",
@@ -32,11 +33,14 @@ export class Microphone extends Source {
   #node = null;
   #context;
 
-  /** context: running at 24 kHz. Raises MicrophoneError. */
-  static async open(context) {
+  /**
+   * context: running at 24 kHz. id: of the device; the default one stands in for it, as for "".
+   * Raises MicrophoneError.
+   */
+  static async open(context, id) {
     if (!navigator.mediaDevices?.getUserMedia) throw new MicrophoneError("insecure");
     try {
-      const stream = await navigator.mediaDevices.getUserMedia({ audio: WANTED });
+      const stream = await streamOf(id);
       const microphone = new Microphone(stream);
       await microphone.#listen(context);
       return microphone;
@@ -94,5 +98,17 @@ export class Microphone extends Source {
 
   #hear(floats) {
     this.emit("piece", { pcm: toPcm(floats), level: loudness(floats) });
+  }
+}
+
+// Chromium takes an id that is wished for, and not demanded, for no wish at all.
+async function streamOf(id) {
+  const open = (audio) => navigator.mediaDevices.getUserMedia({ audio });
+  if (!id) return open(WANTED);
+  try {
+    return await open({ ...WANTED, deviceId: { exact: id } });
+  } catch (error) {
+    if (!NOT_THERE.includes(error.name)) throw error;
+    return open(WANTED);
   }
 }

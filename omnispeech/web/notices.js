@@ -6,23 +6,31 @@ const KEY = "\\s*[A-Za-z0-9!#$%&'*+.^_`\\|~\\-]+\\s*"; // what the name of a sub
 const WORDS = {
   permission: [
     "The microphone is blocked",
-    "Allow it in the browser's address bar, then try again. A sound file works without it.",
+    "Allow it in the browser's address bar, then try again. Typing and files work without it.",
   ],
   missing: [
     "No microphone was found",
-    "Connect one and try again, or send a sound file instead.",
+    "Connect one and try again, or type your question, or send a sound file.",
   ],
   busy: [
     "The microphone is in use",
     "Another program holds it, or the system keeps it back. Close that program and try again.",
   ],
   insecure: [
-    "This address may not use sound",
-    "Browsers allow it on https:// and localhost alone: open the page there. From another " +
-      "machine: ssh -L 8000:localhost:8000 to the server, with its port, or give it a certificate.",
+    "This address may not use the microphone",
+    "Browsers allow it on https:// and localhost alone. Type your question, or open the page " +
+      "there: ssh -L 8000:localhost:8000 to the server, with its port, or give it a certificate.",
   ],
-  failed: ["The microphone could not be opened", "Try again, or send a sound file instead."],
+  failed: ["The microphone could not be opened", "Try again, type your question, or send a file."],
   unplugged: ["The microphone went away", "Connect it again, then go on."],
+  gone: [
+    "A device is not connected",
+    "The default one is used until it is back, or until you choose another in the settings.",
+  ],
+  loudspeaker: [
+    "The loudspeaker cannot be used",
+    "The sound comes where it came before. Choose another in the settings, or connect it again.",
+  ],
   full: ["The server has no place free", "It is full, or still starting. The page tries again."],
   stopping: ["The server is stopping", "It takes no more questions. It may be back in a moment."],
   ended: ["The conversation has ended", "Start again when you like; what was said stays here."],
@@ -46,6 +54,11 @@ export class Notices {
     clearInterval(this.#timer);
     this.shown = null;
     this.#place.replaceChildren();
+  }
+
+  /** What was in the way is no more; anything else stays. */
+  withdraw(kind) {
+    if (this.shown === kind) this.clear();
   }
 
   /** actions: [[label, what it does], ...] */

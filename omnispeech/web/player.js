@@ -1,3 +1,4 @@
+import { outlet } from "./outlets.js";
 import { milliseconds, toFloats } from "./pcm.js";
 import { Source } from "./source.js";
 
@@ -7,24 +8,24 @@ import { Source } from "./source.js";
  * Tells "progress" {item, playedMs, gaps, missingMs, level, finished}, and "stopped".
  */
 export class Player extends Source {
-  #node;
   #context;
+  #node; // held here, or it may be taken away while it plays
+  #port;
+  #heldS;
   #stops = []; // who waits for what was cut, in order
 
   /** context: running at 24 kHz */
   static async create(context) {
-    await context.audioWorklet.addModule("/page/player-worklet.js");
-    return new Player(context);
+    return new Player(context, await outlet(context));
   }
 
-  constructor(context) {
+  constructor(context, { node, port, heldS }) {
     super();
     this.#context = context;
-    this.#node = new AudioWorkletNode(context, "player", {
-      numberOfInputs: 0,
-      outputChannelCount: [1],
-    });
-    this.#node.port.onmessage = ({ data }) => this.#heard(data);
+    this.#node = node;
+    this.#port = port;
+    this.#heldS = heldS;
+    this.#port.onmessage = ({ data }) => this.#heard(data);
     this.#node.connect(context.destination);
     this.active = false; // something is being played, or waits to be
   }
@@ -32,17 +33,17 @@ export class Player extends Source {
   push(item, pcm) {
     const floats = toFloats(pcm);
     this.active = true;
-    this.#node.port.postMessage({ type: "push", item, floats }, [floats.buffer]);
+    this.#port.postMessage({ type: "push", item, floats }, [floats.buffer]);
   }
 
   /** No more sound of this reply will come: when it runs out, that is its end and no gap. */
   end(item) {
-    this.#node.port.postMessage({ type: "end", item });
+    this.#port.postMessage({ type: "end", item });
   }
 
   /** Silence at once. Gives [{item, playedMs}] of the replies that were cut. */
   stop() {
-    this.#node.port.postMessage({ type: "stop" });
+    this.#port.postMessage({ type: "stop" });
     return new Promise((resolve) => this.#stops.push(resolve));
   }
 
@@ -73,6 +74,6 @@ export class Player extends Source {
   // What the device still holds has not been heard.
   #audible(played) {
     const latencyS = this.#context.outputLatency || this.#context.baseLatency || 0;
-    return Math.max(0, Math.floor(milliseconds(played) - 1000 * latencyS));
+    return Math.max(0, Math.floor(milliseconds(played) - 1000 * (latencyS + this.#heldS)));
   }
 }

@@ -18,8 +18,9 @@ export class Questions extends Source {
   #timings;
   #input = new Input();
   #turn = null; // being said: {fromMs, toMs, item, releasedAt}
-  #files = 0;
-  #file = null; // sent and not yet taken: {entry, timing}
+  #count = 0; // of questions that were not spoken
+  #sent = new Map(); // those not yet taken: their Timing, by id
+  #unanswered = false; // one was taken, and no answer asked for
 
   constructor(connection, conversation, timings) {
     super();
@@ -45,6 +46,8 @@ export class Questions extends Source {
   /** A new session: its clock begins at 0. */
   restart() {
     this.#input = new Input();
+    this.#sent.clear();
+    this.#unanswered = false;
     this.forget();
   }
 
@@ -58,11 +61,12 @@ export class Questions extends Source {
     else if (this.#turn) this.#turn.fromMs = 0;
   }
 
-  /** The server takes no such file. */
+  /** The server takes no such question. */
   refused(id) {
-    if (!this.#file || id !== this.#file.entry.id) return;
-    this.#conversation.change(this.#file.entry, { state: "failed" });
-    this.#file = null;
+    const entry = this.#conversation.find(id);
+    if (!entry) return;
+    this.#conversation.change(entry, { state: "failed" });
+    this.#settle(id);
   }
 
   /** What was being said is not asked. */
@@ -100,24 +104,46 @@ export class Questions extends Source {
     return true;
   }
 
-  /** A whole recording, beside what the microphone hears. */
-  askWith(pcm, name) {
-    this.#files += 1;
-    const id = `file_${Date.now().toString(36)}_${this.#files}`;
-    const content = [{ type: "input_audio", audio: toBase64(pcm) }];
-    const entry = this.#conversation.add(id, "user", name);
-    this.#conversation.change(entry, { pieces: [pcm], state: "whole" });
-    const item = { id, type: "message", role: "user", content };
-    this.#file = { entry, timing: this.#timings.begin() };
-    this.#send("conversation.item.create", { item, event_id: id });
-    this.emit("asked", this.#file.timing);
+  /** A whole recording, beside what the microphone hears; shown here, and sent by `ask`. */
+  recorded(pcm, name) {
+    const entry = this.#enter(name, [pcm]);
+    return { entry, part: { type: "input_audio", audio: toBase64(pcm) } };
   }
 
-  // Asked for earlier, an answer would come to what was said before a file that is refused.
+  /** What was typed; likewise. */
+  typed(text) {
+    return { entry: this.#enter(text, []), part: { type: "input_text", text } };
+  }
+
+  ask({ entry, part }) {
+    const item = { id: entry.id, type: "message", role: "user", content: [part] };
+    const timing = this.#timings.begin();
+    this.#sent.set(entry.id, timing);
+    this.#send("conversation.item.create", { item, event_id: entry.id });
+    this.emit("asked", timing);
+  }
+
+  #enter(text, pieces) {
+    this.#count += 1;
+    const id = `asked_${Date.now().toString(36)}_${this.#count}`;
+    const entry = this.#conversation.add(id, "user", text);
+    this.#conversation.change(entry, { pieces, state: "whole" });
+    return entry;
+  }
+
   #added({ id }) {
-    if (!this.#file || id !== this.#file.entry.id) return;
-    this.#timings.note(this.#file.timing, { asked: performance.now() });
-    this.#file = null;
+    if (!this.#sent.has(id)) return;
+    this.#timings.note(this.#sent.get(id), { asked: performance.now() });
+    this.#unanswered = true;
+    this.#settle(id);
+  }
+
+  // Asked for earlier, an answer would come to what was said before a question that is refused.
+  // Several that were sent together have one answer.
+  #settle(id) {
+    this.#sent.delete(id);
+    if (this.#sent.size || !this.#unanswered) return;
+    this.#unanswered = false;
     this.#send("response.create");
   }
 

@@ -17,6 +17,8 @@ export class Replies extends Source {
   #timings;
   #awaited = null; // Timing of a question that no reply was begun for
   #response = null; // under way: {id, item, begun, timing}
+  #unwanted = false; // the next one to begin: it was cancelled before that
+  #owed = false; // another one, once the one under way has ended
   #timingOf = new Map(); // by item
   #silenced = new Set(); // items that were cut: what still comes of them is not played
 
@@ -59,8 +61,20 @@ export class Replies extends Source {
   async interrupt() {
     const id = this.#response?.id; // none: it was asked for and has not begun
     if (id || this.#awaited) this.#send("response.cancel", id ? { response_id: id } : {});
+    this.#unwanted ||= !id && this.#awaited !== null;
     this.#awaited = null;
+    this.#owed = false;
     await this.silence();
+  }
+
+  /** There was nothing to cancel: the next reply is meant to be heard. */
+  nothingCancelled() {
+    this.#unwanted = false;
+  }
+
+  /** One was asked for while another was under way: it is asked for again after that. */
+  owe() {
+    this.#owed = true;
   }
 
   /** Nothing more is heard at once; the server is told how much of it was. */
@@ -88,6 +102,8 @@ export class Replies extends Source {
     if (entry?.state === "open") this.#conversation.change(entry, { state: "cut" });
     this.#awaited = null;
     this.#response = null;
+    this.#unwanted = false;
+    this.#owed = false;
     this.emit("changed");
   }
 
@@ -99,6 +115,10 @@ export class Replies extends Source {
   }
 
   #begin({ id }) {
+    if (this.#unwanted) {
+      this.#unwanted = false;
+      return;
+    }
     const timing = this.#awaited ?? this.#timings.begin();
     this.#response = { id, item: null, begun: false, timing };
     this.#awaited = null;
@@ -142,6 +162,8 @@ export class Replies extends Source {
     if (response.status === "failed") {
       this.emit("failed", response.status_details?.error?.message ?? "the reply failed");
     }
+    if (this.#owed) this.#send("response.create");
+    this.#owed = false;
     this.emit("changed");
   }
 
@@ -173,7 +195,7 @@ export class Replies extends Source {
     if (entry) this.#conversation.change(entry, { heardText });
   }
 
-  #send(type, fields) {
+  #send(type, fields = {}) {
     this.#connection.send({ type, ...fields });
   }
 }

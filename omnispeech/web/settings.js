@@ -1,14 +1,26 @@
+import { DeviceChoice } from "./device-choice.js";
 import { Source } from "./source.js";
 
 const KEPT_AS = "omnispeech.settings";
 
-/** The form of settings, kept by the browser. Tells "changed", and "mode" (hands-free or push). */
+/**
+ * The form of settings, kept by the browser. Tells "changed", "mode" (hands-free or push), and
+ * "device" when another microphone or loudspeaker is chosen.
+ */
 export class Settings extends Source {
   #form;
+  #devices; // {microphone, loudspeaker}
 
   constructor(form) {
     super();
     this.#form = form;
+    const { microphone, loudspeaker } = form.elements;
+    const microphones = Boolean(navigator.mediaDevices);
+    form.querySelector("#devices-note").hidden = !microphones;
+    this.#devices = {
+      microphone: new DeviceChoice(microphone, microphones),
+      loudspeaker: new DeviceChoice(loudspeaker, "setSinkId" in AudioContext.prototype),
+    };
     this.#restore();
     this.#showValues();
     for (const field of form.elements) {
@@ -44,6 +56,25 @@ export class Settings extends Source {
     };
   }
 
+  /** Ids of the devices to use; "": the default one. */
+  get devices() {
+    const { microphone, loudspeaker } = this.#devices;
+    return { microphone: microphone.id, loudspeaker: loudspeaker.id };
+  }
+
+  /** Labels of devices that were chosen and are not there. */
+  get gone() {
+    return Object.values(this.#devices)
+      .filter((choice) => choice.gone)
+      .map((choice) => choice.label);
+  }
+
+  /** found: {microphone: [{id, label}, ...], loudspeaker: likewise} */
+  offer(found) {
+    for (const [name, choice] of Object.entries(this.#devices)) choice.offer(found[name]);
+    this.#form.querySelector("#devices-note").hidden = true;
+  }
+
   /** What the server says of itself: its voice, and what it cannot do. */
   fit({ audio, unsupported = {} }) {
     const { voice, transcription } = this.#form.elements;
@@ -68,6 +99,7 @@ export class Settings extends Source {
   #changed(target) {
     this.#keep();
     if (target.name === "mode") this.emit("mode", this.mode);
+    else if (target.name in this.#devices) this.emit("device");
     else this.emit("changed");
   }
 
@@ -80,6 +112,7 @@ export class Settings extends Source {
 
   #keep() {
     const values = Object.fromEntries(new FormData(this.#form));
+    for (const [name, { kept }] of Object.entries(this.#devices)) values[name] = kept;
     try {
       localStorage.setItem(KEPT_AS, JSON.stringify(values));
     } catch {
@@ -90,7 +123,8 @@ export class Settings extends Source {
   #restore() {
     for (const [name, value] of Object.entries(kept())) {
       const field = this.#form.elements[name];
-      if (field?.type === "checkbox") field.checked = true;
+      if (name in this.#devices) this.#devices[name].restore(value);
+      else if (field?.type === "checkbox") field.checked = true;
       else if (field && name !== "voice") field.value = value; // the server names its voices
     }
   }

@@ -2,8 +2,9 @@ import { Questions } from "./questions.js";
 import { Replies } from "./replies.js";
 import { Source } from "./source.js";
 
-// what the user meant has happened already
-const HARMLESS = ["response_cancel_not_active", "input_audio_buffer_commit_empty"];
+const NOT_ACTIVE = "response_cancel_not_active"; // what the user meant has happened already
+const ACTIVE = "conversation_already_has_active_response"; // to what was said at the same moment
+const EMPTY = "input_audio_buffer_commit_empty";
 const SETTING = /^session\b/; // an error about one of these ends no turn
 const UNANSWERED = "The connection was lost before an answer came. Please ask again.";
 const ANEW = "The server no longer remembers what was said above. This is a new conversation.";
@@ -44,9 +45,18 @@ export class Talk extends Source {
     await this.replies.interrupt();
   }
 
-  async askWith(pcm, name) {
+  /** A recording, beside what the microphone hears. */
+  async send(pcm, name) {
+    await this.#ask(this.questions.recorded(pcm, name));
+  }
+
+  async write(text) {
+    await this.#ask(this.questions.typed(text));
+  }
+
+  async #ask(question) {
     await this.replies.interrupt();
-    this.questions.askWith(pcm, name);
+    this.questions.ask(question);
   }
 
   #join() {
@@ -87,9 +97,11 @@ export class Talk extends Source {
   }
 
   #troubled({ code, message, param, event_id }) {
+    if (code === NOT_ACTIVE) return this.replies.nothingCancelled();
+    if (code === ACTIVE) return this.replies.owe();
     this.questions.refused(event_id);
     if (!SETTING.test(param ?? "")) this.#giveUp();
-    if (!HARMLESS.includes(code)) this.emit("trouble", { message, param });
+    if (code !== EMPTY) this.emit("trouble", { message, param });
   }
 
   #giveUp() {

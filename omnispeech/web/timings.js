@@ -4,7 +4,7 @@ const KEPT = 20; // turns
 
 /** When things happened in one turn, on the clock of performance.now(), and what that tells. */
 export class Timing {
-  endOfSpeech = null; // null: nothing was spoken, a file was sent
+  endOfSpeech = null; // null: nothing was spoken: a file, or typed
   asked = null; // the server has the whole question
   firstText = null;
   firstSound = null;
