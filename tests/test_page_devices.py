@@ -13,7 +13,7 @@ from page_browser import (
     needs_browser,
     write_microphone,
 )
-from test_page import HOSTILE, speaker
+from test_page import HOSTILE, needs_vad, speaker
 
 # what the page opens and what it plays through, told from inside; `gone` hides devices from it
 WATCHING = """
@@ -313,6 +313,32 @@ def test_a_microphone_that_is_chosen_while_another_is_opened_is_the_one(
 
 
 @needs_browser
+def test_a_microphone_that_is_chosen_while_another_cannot_be_opened_is_the_one(
+    browsers: Browsers, url: str
+) -> None:
+    with browsers.visiting(url) as visit:
+        watched(visit)
+        visit.page.evaluate(
+            """() => {
+              const open = navigator.mediaDevices.getUserMedia;
+              navigator.mediaDevices.getUserMedia = (wanted) => {
+                if (wanted.audio.deviceId) return open(wanted);
+                return new Promise((_, refuse) => {
+                  window.refuse = () => refuse(new DOMException("in use", "NotReadableError"));
+                });
+              };
+            }"""
+        )
+        visit.start()
+        visit.waits_for("asking")
+        choose(visit, "Microphone", FIRST)
+        visit.page.evaluate("refuse()")
+        hears(visit, FIRST)
+        visit.waits_for("ready")
+        assert visit.page.locator(".notice").count() == 0
+
+
+@needs_browser
 def test_a_hostile_name_of_a_device_is_a_text(browsers: Browsers, url: str) -> None:
     device = {"kind": "audioinput", "deviceId": "1", "label": HOSTILE}
     with browsers.visiting(url) as visit:
@@ -326,3 +352,143 @@ def test_a_hostile_name_of_a_device_is_a_text(browsers: Browsers, url: str) -> N
         waits_until(visit, "document.querySelector('[name=microphone]').length === 2")
         assert listed(visit, "Microphone") == ["Default", HOSTILE]
         assert visit.page.title() == "omnispeech"
+
+
+@needs_browser
+def test_a_microphone_that_breaks_off_whenever_it_is_opened_is_told_of_and_left_alone(
+    browsers: Browsers, url: str
+) -> None:
+    with browsers.visiting(url) as visit:
+        watched(visit)
+        visit.page.evaluate(
+            """() => {
+              const open = navigator.mediaDevices.getUserMedia;
+              navigator.mediaDevices.getUserMedia = async (wanted) => {
+                const stream = await open(wanted);
+                const [track] = stream.getTracks();
+                setTimeout(() => {
+                  if (!wanted.audio.deviceId) return;
+                  track.stop();
+                  track.dispatchEvent(new Event("ended"));
+                }, 200);
+                return stream;
+              };
+            }"""
+        )
+        visit.start()
+        visit.waits_for("ready")
+        choose(visit, "Microphone", SECOND)
+        hears(visit, SECOND)
+        hears(visit, DEFAULT)
+        assert visit.notice() == "gone"
+        assert visit.text(".notice .reason") == SECOND
+        visit.page.wait_for_timeout(1000)
+        assert visit.page.evaluate("tracks.length") == 3
+        hears(visit, DEFAULT)
+        choose(visit, "Microphone", FIRST)
+        hears(visit, FIRST)
+
+
+@needs_browser
+def test_a_microphone_that_has_ended_before_it_is_heard_is_not_one(
+    browsers: Browsers, url: str
+) -> None:
+    with browsers.visiting(url) as visit:
+        watched(visit)
+        visit.page.evaluate(
+            """() => {
+              const open = navigator.mediaDevices.getUserMedia;
+              navigator.mediaDevices.getUserMedia = async (wanted) => {
+                const stream = await open(wanted);
+                for (const track of stream.getTracks()) track.stop();
+                return stream;
+              };
+            }"""
+        )
+        visit.start()
+        assert visit.notice() == "busy"
+        visit.waits_for("deaf")
+
+
+@needs_browser
+def test_a_microphone_that_cannot_be_listened_to_is_given_back(
+    browsers: Browsers, url: str
+) -> None:
+    with browsers.visiting(url) as visit:
+        watched(visit)
+        visit.page.evaluate(
+            """() => {
+              const add = AudioWorklet.prototype.addModule;
+              AudioWorklet.prototype.addModule = async function (url) {
+                if (url.includes("microphone")) throw new DOMException("lost", "AbortError");
+                return add.call(this, url);
+              };
+            }"""
+        )
+        visit.start()
+        assert visit.notice() == "busy"
+        assert visit.page.evaluate("tracks.length") == 1
+        assert visit.page.evaluate(HEARD) == []
+
+
+@needs_browser
+@needs_vad
+@pytest.mark.parametrize("how", ["lost", "muted"])
+def test_a_question_ends_with_the_microphone(browsers: Browsers, url: str, how: str) -> None:
+    with browsers.visiting(url) as visit:
+        watched(visit)
+        visit.page.locator("input[name=silence]").fill("2000")
+        visit.start("hands-free")
+        visit.waits_for("hearing")
+        if how == "muted":
+            visit.page.get_by_role("button", name="Switch the microphone off").click()
+        else:
+            visit.page.evaluate("tracks.at(-1).dispatchEvent(new Event('ended'))")
+            assert visit.notice() == "unplugged"
+        visit.until("response.done")
+        visit.waits_for("muted" if how == "muted" else "deaf")
+
+
+@needs_browser
+def test_devices_are_not_gone_because_the_browser_names_them_no_more(
+    browsers: Browsers, url: str
+) -> None:
+    with browsers.visiting(url) as visit:
+        watched(visit)
+        choose(visit, "Microphone", SECOND)
+        visit.page.context.clear_permissions()
+        hide(visit, "")
+        visit.page.wait_for_timeout(200)
+        assert visit.page.locator(".notice").count() == 0
+        assert shown(visit, "Microphone") == SECOND
+
+
+@needs_browser
+def test_a_browser_that_lists_no_devices_has_the_default_ones(browsers: Browsers, url: str) -> None:
+    with browsers.visiting(url) as visit:
+        visit.page.add_init_script("navigator.mediaDevices.enumerateDevices = undefined")
+        visit.page.reload()
+        visit.start()
+        visit.waits_for("ready")
+        assert listed(visit, "Microphone") == ["Default"]
+        assert not visit.page.locator("#devices-note").is_visible()
+
+
+@needs_browser
+def test_of_two_lists_of_devices_the_later_one_counts(browsers: Browsers, url: str) -> None:
+    with browsers.visiting(url) as visit:
+        watched(visit)
+        listing(visit, "Microphone").get_by_text(FIRST).wait_for(state="attached")
+        visit.page.evaluate(
+            """async () => {
+              const devices = navigator.mediaDevices;
+              const list = await devices.enumerateDevices();
+              const late = new Promise((resolve) => setTimeout(resolve, 100, list.slice(0, 2)));
+              const lists = [late, Promise.resolve(list)];
+              devices.enumerateDevices = () => lists.shift();
+              devices.dispatchEvent(new Event("devicechange"));
+              devices.dispatchEvent(new Event("devicechange"));
+              await new Promise((resolve) => setTimeout(resolve, 200));
+            }"""
+        )
+        assert listed(visit, "Microphone") == ["Default", FIRST, SECOND]

@@ -141,6 +141,9 @@ class Held:
             self._socket.send(message)
         self._held.clear()
 
+    def close(self, code: int) -> None:
+        self._socket.close(code=code)
+
     def _to_server(self, message: str) -> None:
         self.sent.append(json.loads(message)["type"])
         self._server.send(message)
@@ -422,3 +425,160 @@ def test_a_full_server_is_tried_again_without_a_microphone(browsers: Browsers) -
         other.page.locator(".notice button").click()
         other.waits_for("typing")
         assert other.typed() == "second"
+
+
+@needs_browser
+def test_a_question_whose_taking_was_never_heard_of_leaves_the_next_one_its_answer(
+    browsers: Browsers,
+) -> None:
+    engine = speaker("one")
+    ways: list[Held] = []
+    with (
+        serving(engine) as server,
+        line_to(server) as line,
+        browsers.visiting(line.url) as visit,
+    ):
+        visit.page.route_web_socket(re.compile("/v1/realtime"), lambda ws: ways.append(Held(ws)))
+        visit.start()
+        visit.waits_for("ready")
+        ways[0].hold = lambda event: event["type"] == "conversation.item.added"
+        visit.types("first")
+        visit.waits_for("thinking")
+        line.cut()
+        visit.waits_for("connecting")
+        line.mend()
+        visit.waits_for("ready")
+        assert "ask again" in visit.text(".entry.note")
+        visit.types("second")
+        visit.page.locator(".entry.assistant .sound").wait_for()
+        visit.waits_for("ready")
+        assert asked(engine)[-1] == "user: second"
+
+
+@needs_browser
+def test_a_question_that_was_about_to_be_sent_when_the_connection_was_lost_is_answered(
+    browsers: Browsers,
+) -> None:
+    engine = FakeEngine(TextDelta("one two three "), hum(3), DONE)
+    slow = """
+      const post = MessagePort.prototype.postMessage;
+      MessagePort.prototype.postMessage = function (message, ...more) {
+        setTimeout(() => post.call(this, message, ...more), message.type === "stop" ? 700 : 0);
+      };"""
+    with (
+        serving(engine) as server,
+        line_to(server) as line,
+        browsers.visiting(line.url) as visit,
+    ):
+        visit.page.add_init_script(slow)
+        visit.page.reload()
+        visit.types("first")
+        visit.waits_for("answering")
+        visit.waits_for_level("#played", "> 0.3")
+        visit.types("second")
+        line.cut()
+        visit.waits_for("connecting")
+        visit.page.locator(".badge:text('interrupted')").wait_for()
+        line.mend()
+        visit.until("response.done", 2)
+        visit.waits_for("typing")
+        assert asked(engine)[-1] == "user: second"
+        assert visit.page.locator(".entry.note").count() == 0
+
+
+@needs_browser
+def test_a_question_that_is_interrupted_on_its_way_has_no_answer(browsers: Browsers) -> None:
+    engine = speaker("one")
+    ways: list[Held] = []
+    with serving(engine) as url, browsers.visiting(url) as visit:
+        visit.page.route_web_socket(re.compile("/v1/realtime"), lambda ws: ways.append(Held(ws)))
+        visit.start()
+        visit.waits_for("ready")
+        ways[0].hold = lambda event: event["type"] == "conversation.item.added"
+        visit.types("first")
+        visit.waits_for("thinking")
+        visit.page.keyboard.press("Escape")
+        ways[0].release()
+        visit.page.wait_for_timeout(300)
+        assert visit.page.locator("body").get_attribute("data-state") == "ready"
+        assert "response.create" not in ways[0].sent
+        visit.types("second")
+        visit.page.locator(".entry.assistant .sound").wait_for()
+        assert asked(engine) == ["user: first", "user: second"]
+
+
+@needs_browser
+def test_a_reply_that_the_end_of_a_talk_broke_off_is_over_in_the_next_one(
+    browsers: Browsers,
+) -> None:
+    engine = FakeEngine(TextDelta("one "), hum(0.5), threading.Event(), DONE)
+    ways: list[Held] = []
+    with serving(engine) as url, browsers.visiting(url) as visit:
+        visit.page.route_web_socket(re.compile("/v1/realtime"), lambda ws: ways.append(Held(ws)))
+        visit.types("hello")
+        visit.waits_for("answering")
+        ways[0].close(1012)
+        assert visit.notice() == "stopping"
+        visit.page.locator("#interrupt:disabled").wait_for()
+        visit.page.locator(".notice button").click()
+        visit.waits_for("typing")
+
+
+@needs_browser
+def test_what_was_read_of_a_reply_without_sound_is_not_struck_out(browsers: Browsers) -> None:
+    engine = FakeEngine(TextDelta("one two "), threading.Event(), DONE)
+    with (
+        serving(engine) as server,
+        line_to(server) as line,
+        browsers.visiting(line.url) as visit,
+    ):
+        visit.page.locator("select[name=modality]").select_option("text")
+        visit.types("hello")
+        visit.page.get_by_text("one two").wait_for()
+        line.cut()
+        visit.waits_for("connecting")
+        line.mend()
+        visit.waits_for("typing")
+        visit.until("conversation.item.retrieved")
+        assert visit.text(".entry.assistant .badge") == "interrupted"
+        assert visit.page.locator(".entry s, .entry.note").count() == 0
+
+
+@needs_browser
+def test_half_a_character_is_sent_as_an_unknown_one(browsers: Browsers) -> None:
+    engine = speaker("one")
+    with serving(engine) as url, browsers.visiting(url) as visit:
+        halve = "(field, text) => { field.value = String.fromCharCode(0xd83d) + text }"
+        instructions = visit.page.locator("textarea[name=instructions]")
+        for field in (instructions, visit.page.get_by_label("Type a question")):
+            field.evaluate(halve, " or whole 😀")
+        visit.page.get_by_role("button", name="Send").click()
+        visit.until("response.done")
+        assert asked(engine) == ["system: \ufffd or whole 😀", "user: \ufffd or whole 😀"]
+
+
+@needs_browser
+def test_where_no_sound_can_be_had_the_field_is_free_again(browsers: Browsers) -> None:
+    with serving(speaker("one")) as url, browsers.visiting(url) as visit:
+        visit.types("first")
+        visit.waits_for("typing")
+        visit.page.locator("#end").click()
+        visit.page.evaluate(
+            """() => {
+              window.resume = AudioContext.prototype.resume;
+              AudioContext.prototype.resume = async () => {
+                throw new DOMException("a call took the sound", "InvalidStateError");
+              };
+            }"""
+        )
+        visit.types("hello")
+        assert visit.notice() == "unreachable"
+        assert visit.text(".notice .reason") == "a call took the sound"
+        assert visit.typed() == "hello"
+        visit.waits_for("idle")
+        visit.page.evaluate("() => { AudioContext.prototype.resume = window.resume }")
+        assert visit.page.get_by_label("Type a question").is_editable()
+        visit.page.get_by_role("button", name="Send").click()
+        visit.waits_for("answering")
+        visit.waits_for_level("#played", "> 0.3")
+        visit.waits_for("typing")

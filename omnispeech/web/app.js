@@ -155,6 +155,7 @@ call.on("closed", closed);
 call.on("resumed", () => notices.clear());
 call.on("deaf", deaf);
 call.on("microphone", hears);
+call.on("replaced", () => notices.shown || notices.show("gone", [goOn], settings.microphone));
 call.on("unrouted", (reason) => notices.show("loudspeaker", [goOn], reason));
 call.on("lost", ({ waitS, known }) => {
   notices.show(known ? "lost" : "connecting", [["Try now", () => call.tryNow()]]);
@@ -175,12 +176,12 @@ controls.on("press", press);
 controls.on("release", () => settings.mode === "push" && call.release());
 controls.on("escape", () => {
   if (document.body.hasAttribute("data-panel")) togglePanel(false);
-  else call.talk?.replies.interrupt();
+  else call.talk?.interrupt();
 });
 timings.on("changed", () =>
   showTimings(timings.turns, { figure: $("chart"), summary: $("figures"), table: $("table") }),
 );
-$("interrupt").addEventListener("click", () => call.talk.replies.interrupt());
+$("interrupt").addEventListener("click", () => call.talk.interrupt());
 $("end").addEventListener("click", () => {
   notices.clear();
   call.end();

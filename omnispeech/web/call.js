@@ -13,8 +13,9 @@ const LAST_PIECE_MS = 60; // what the microphone still holds when the button is 
  *
  * Tells "changed", "session" {session, isNew}, "trouble" {message, param}, "lost" {waitS, known},
  * "resumed", "closed" {kind, reason}, "microphone" when there is one, "deaf" (why there is none),
- * "unrouted" (why the loudspeaker cannot be used), "short" (a press too short to be speech),
- * "heard" (level), "played" (level).
+ * "replaced" (the one chosen broke off, and the default one is opened), "unrouted" (why the
+ * loudspeaker cannot be used), "short" (a press too short to be speech), "heard" (level),
+ * "played" (level).
  */
 export class Call extends Source {
   #conversation;
@@ -53,8 +54,8 @@ export class Call extends Source {
     const connection = new Connection(sessionStorage.getItem(KEPT_AS));
     this.#connection = connection;
     this.emit("changed");
-    await this.prepareSound();
     try {
+      await this.prepareSound();
       this.#player ??= await this.#newPlayer();
     } catch (error) {
       return this.#fail(connection, error.message);
@@ -94,19 +95,18 @@ export class Call extends Source {
     this.#stop();
   }
 
-  async openMicrophone() {
+  async openMicrophone(id = this.#devices.microphone) {
     this.wantsMicrophone = true;
     if (this.#microphone || this.asking) return;
     this.#ask(true);
-    const id = this.#devices.microphone;
+    const { microphone: chosen } = this.#devices;
     const microphone = await Microphone.open(this.context, id).catch(({ reason }) => {
-      this.emit("deaf", reason);
+      this.#deafen(reason);
     });
     this.#ask(false);
-    if (!microphone) return;
-    if (!this.#connection) return microphone.close();
-    this.#useMicrophone(microphone);
-    if (id !== this.#devices.microphone) this.#changeMicrophone(); // another was chosen meanwhile
+    if (!this.#connection) return microphone?.close();
+    if (microphone) this.#useMicrophone(microphone);
+    if (chosen !== this.#devices.microphone) this.#changeMicrophone(); // chosen meanwhile
   }
 
   tryNow() {
@@ -149,6 +149,7 @@ export class Call extends Source {
 
   // One after the other: some systems give a page no second microphone.
   #changeMicrophone() {
+    if (this.#microphone?.id === this.#devices.microphone) return;
     this.#closeMicrophone();
     this.openMicrophone();
   }
@@ -181,10 +182,12 @@ export class Call extends Source {
   }
 
   // The player is a file of the server, too; a context does not ask twice for one that failed.
+  // Systems may also keep the sound back, as during a call.
   #fail(connection, reason) {
     connection.close();
-    this.context.close();
+    this.context?.close();
     this.context = null;
+    this.#player = null;
     if (connection !== this.#connection) return;
     this.#stop();
     this.emit("closed", { kind: "unreachable", reason });
@@ -219,13 +222,20 @@ export class Call extends Source {
     if (taken) this.talk.questions.hear(pcm);
   }
 
-  // One that was chosen is replaced by the default one, until `choose` is told that it is back.
+  // One that was chosen is replaced by the default one, until `choose` is told of another or that
+  // it is back: being listed, it may break off whenever it is opened.
   #loseMicrophone() {
-    const { microphone } = this.#devices;
-    this.#devices = { ...this.#devices, microphone: "" };
+    const { id } = this.#microphone;
     this.#closeMicrophone();
-    if (microphone) return this.openMicrophone();
+    if (!id) return this.#deafen("unplugged");
+    this.emit("replaced");
+    this.openMicrophone("");
+  }
+
+  #deafen(reason) {
+    const { questions } = this.talk;
+    if (this.handsFree && questions.open) questions.mute(); // else the server waits for its end
     this.emit("changed");
-    this.emit("deaf", "unplugged");
+    this.emit("deaf", reason);
   }
 }

@@ -10,7 +10,7 @@ import { Source } from "./source.js";
 export class Devices extends Source {
   #devices = navigator.mediaDevices; // none where browsers allow no microphone
   #settings;
-  #named = false;
+  #list; // as last asked for
   #gone = ""; // as told
 
   constructor(settings) {
@@ -21,9 +21,11 @@ export class Devices extends Source {
   }
 
   async refresh() {
-    const found = (await this.#devices?.enumerateDevices()) ?? [];
-    this.#named ||= found.some(({ deviceId }) => deviceId);
-    if (!this.#named) return;
+    const list = this.#devices?.enumerateDevices?.();
+    this.#list = list;
+    const found = (await list) ?? [];
+    if (list !== this.#list) return; // a newer one was asked for
+    if (found.length && !found.some(({ deviceId }) => deviceId)) return; // there, without names
     const microphone = of(found, "audioinput");
     this.#settings.offer({ microphone, loudspeaker: of(found, "audiooutput") });
     this.#tell();

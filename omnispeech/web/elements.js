@@ -22,6 +22,9 @@ export function button(label, action, attributes = {}) {
   return made;
 }
 
+/** What is in a field. Half a character, of which JSON makes nothing, stands for an unknown one. */
+export const written = (field) => field.value.trim().replace(/\p{Surrogate}/gu, "\ufffd");
+
 const use = (name) => drawing("use", { href: `#icon-${name}` });
 
 function furnished(node, attributes, children) {

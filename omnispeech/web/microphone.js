@@ -39,18 +39,20 @@ export class Microphone extends Source {
    */
   static async open(context, id) {
     if (!navigator.mediaDevices?.getUserMedia) throw new MicrophoneError("insecure");
+    let microphone = null;
     try {
-      const stream = await streamOf(id);
-      const microphone = new Microphone(stream);
+      microphone = new Microphone(await streamOf(id), id);
       await microphone.#listen(context);
       return microphone;
     } catch (error) {
+      microphone?.close();
       throw new MicrophoneError(REASONS[error.name] ?? "failed", error);
     }
   }
 
-  constructor(stream) {
+  constructor(stream, id) {
     super();
+    this.id = id;
     this.#stream = stream;
     for (const track of stream.getTracks()) {
       track.addEventListener("ended", () => this.emit("lost"));
@@ -70,6 +72,8 @@ export class Microphone extends Source {
       if (error.name !== "NotSupportedError") throw error;
       await this.#listenAtItsRate(); // some browsers join no context of another rate
     }
+    const ended = this.#stream.getTracks().some(({ readyState }) => readyState === "ended");
+    if (ended) throw new DOMException("the microphone broke off", "AbortError");
   }
 
   async #listenAtItsRate() {

@@ -4,7 +4,9 @@ import { Source } from "./source.js";
 
 const SHORTEST_MS = 150; // a touch shorter than this was no speech
 const KEPT_MS = 3000; // of sound while nobody speaks: more than the server pads a turn with
-const MUTED_S = 1.5; // of silence, so that the server ends a turn when the microphone goes off
+// Of silence, so that the server ends a turn when the microphone goes off: more than the longest
+// pause of the settings.
+const MUTED_S = 2.5;
 
 /**
  * What the user says: the sound goes to the server, the turns become entries.
@@ -46,19 +48,25 @@ export class Questions extends Source {
   /** A new session: its clock begins at 0. */
   restart() {
     this.#input = new Input();
-    this.#sent.clear();
-    this.#unanswered = false;
+    this.withhold();
     this.forget();
   }
 
   /** The connection is lost, and with it what was not asked yet: that is said once more. */
   lose() {
+    this.withhold(); // whether it was taken will not be told
     const { fromMs = Infinity, toMs, item } = this.#turn ?? {};
     for (const pcm of this.#input.startAgain(toMs === undefined ? fromMs : Infinity)) {
       this.#append(pcm);
     }
     if (item || toMs !== undefined) this.forget();
     else if (this.#turn) this.#turn.fromMs = 0;
+  }
+
+  /** No answer is wanted to what is on its way. */
+  withhold() {
+    this.#sent.clear();
+    this.#unanswered = false;
   }
 
   /** The server takes no such question. */

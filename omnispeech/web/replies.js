@@ -62,8 +62,8 @@ export class Replies extends Source {
     const id = this.#response?.id; // none: it was asked for and has not begun
     if (id || this.#awaited) this.#send("response.cancel", id ? { response_id: id } : {});
     this.#unwanted ||= !id && this.#awaited !== null;
-    this.#awaited = null;
     this.#owed = false;
+    this.await(null);
     await this.silence();
   }
 
@@ -93,11 +93,13 @@ export class Replies extends Source {
   /** It is back. The server has cut the reply that was under way; it shall know where. */
   resume() {
     const entry = this.#response && this.#conversation.find(this.#response.item);
-    if (entry) this.#cut(entry.id, Math.floor(durationMs(entry)));
+    if (entry?.pieces.length) this.#cut(entry.id, Math.floor(durationMs(entry)));
+    else if (entry) this.#truncated(entry.id);
     this.forget();
   }
 
   forget() {
+    this.lose();
     const entry = this.#response && this.#conversation.find(this.#response.item);
     if (entry?.state === "open") this.#conversation.change(entry, { state: "cut" });
     this.#awaited = null;

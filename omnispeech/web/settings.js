@@ -1,4 +1,5 @@
 import { DeviceChoice } from "./device-choice.js";
+import { written } from "./elements.js";
 import { Source } from "./source.js";
 
 const KEPT_AS = "omnispeech.settings";
@@ -48,7 +49,7 @@ export class Settings extends Source {
       input.transcription = field("transcription").checked ? { model: "omnispeech" } : null;
     }
     return {
-      instructions: field("instructions").value.trim(),
+      instructions: written(field("instructions")),
       output_modalities: [field("modality").value],
       max_output_tokens: Number(field("tokens").value),
       temperature: Number(field("temperature").value),
@@ -60,6 +61,11 @@ export class Settings extends Source {
   get devices() {
     const { microphone, loudspeaker } = this.#devices;
     return { microphone: microphone.id, loudspeaker: loudspeaker.id };
+  }
+
+  /** Label of the chosen microphone. */
+  get microphone() {
+    return this.#devices.microphone.label;
   }
 
   /** Labels of devices that were chosen and are not there. */

@@ -42,6 +42,12 @@ export class Talk extends Source {
   /** The user begins to speak with the button held. */
   async press() {
     this.questions.press();
+    await this.interrupt();
+  }
+
+  /** The user wants to hear no answer, neither one under way nor one just asked for. */
+  async interrupt() {
+    this.questions.withhold();
     await this.replies.interrupt();
   }
 
@@ -78,7 +84,7 @@ export class Talk extends Source {
   }
 
   #opened({ session, resumed }) {
-    if (resumed) return this.#resume();
+    if (resumed) return this.replies.resume();
     if (this.#conversation.entries.length) this.#conversation.note(ANEW);
     this.questions.restart();
     this.replies.forget();
@@ -87,13 +93,9 @@ export class Talk extends Source {
 
   #lose({ first, known }) {
     if (!first || !known) return;
+    if (this.replies.awaited) this.#conversation.note(UNANSWERED);
     this.questions.lose();
     this.replies.lose();
-  }
-
-  #resume() {
-    if (this.replies.awaited) this.#conversation.note(UNANSWERED);
-    this.replies.resume();
   }
 
   #troubled({ code, message, param, event_id }) {

@@ -1,3 +1,4 @@
+import { written } from "./elements.js";
 import { Source } from "./source.js";
 
 /** The field for a question in writing. Tells "asked" (text), and keeps it until `clear`. */
@@ -23,7 +24,7 @@ export class Typing extends Source {
   }
 
   #submit() {
-    const text = this.#field.value.trim();
+    const text = written(this.#field);
     if (!text) this.#field.focus();
     else if (!this.#field.readOnly) this.emit("asked", text);
   }
