@@ -17,6 +17,7 @@ NUMBERS = listed(
     "fifteen sixteen seventeen eighteen nineteen twenty"
 )
 OPERATIONS = ("plus", "minus", "times")
+Sum = tuple[int, str, int]  # a number, an operation, a number
 THINGS = listed(
     "apple banana coffee doctor elephant garden happy hello island jacket kitchen lemon monkey "
     "morning music orange purple river summer table tiger water window yellow"
@@ -96,11 +97,25 @@ def answer_to_sum(left: int, operation: str, right: int) -> str:
     return sentence(f"{NUMBERS[left]} {operation} {NUMBERS[right]} is {NUMBERS[result]}")
 
 
-def facts() -> list[tuple[int, str, int]]:
+def facts() -> list[Sum]:
     """All whose result is a number of the model."""
+    return [each for each in every_sum() if compute(*each) is not None]
+
+
+def beyond() -> list[Sum]:
+    """All others: there are more of them, so which they are has to be learnt too."""
+    return [each for each in every_sum() if compute(*each) is None]
+
+
+def every_sum() -> Iterator[Sum]:
     span = range(len(NUMBERS))
-    every = ((a, op, b) for op in OPERATIONS for a in span for b in span)
-    return [fact for fact in every if compute(*fact) is not None]
+    return ((left, op, right) for op in OPERATIONS for left in span for right in span)
+
+
+def question(each: Sum, rng: random.Random) -> Turn:
+    left, operation, right = each
+    said = f"{rng.choice(QUESTIONS)} {NUMBERS[left]} {operation} {NUMBERS[right]}"
+    return Turn(said, answer_to_sum(*each))
 
 
 def words_of(text: str) -> list[str]:
@@ -117,29 +132,30 @@ class Domain:
     """Draws dialogues; the same generator gives the same ones."""
 
     def __init__(self) -> None:
-        self.facts = facts()
+        self.facts, self.beyond = facts(), beyond()
         self.by_operation = {op: [f for f in self.facts if f[1] == op] for op in OPERATIONS}
 
     def draw(self, rng: random.Random) -> Dialogue:
         kind = rng.random()
-        if kind < 0.10:
+        if kind < 0.11:
             return self.follow_up(rng)
-        if kind < 0.55:
+        if kind < 0.52:
             return Dialogue((self.arithmetic(rng),))
-        if kind < 0.86:
+        if kind < 0.80:
             return Dialogue((self.repeat(rng),))
+        if kind < 0.90:
+            return Dialogue((self.too_large(rng),))
         return Dialogue((self.other(rng),))
 
     def arithmetic(self, rng: random.Random) -> Turn:
-        left, operation, right = rng.choice(self.by_operation[rng.choice(OPERATIONS)])
-        said = f"{rng.choice(QUESTIONS)} {NUMBERS[left]} {operation} {NUMBERS[right]}"
-        return Turn(said, answer_to_sum(left, operation, right))
+        return question(rng.choice(self.by_operation[rng.choice(OPERATIONS)]), rng)
 
     def follow_up(self, rng: random.Random) -> Dialogue:
         first = self.arithmetic(rng)
         known = NUMBERS.index(words_of(first.answer)[-1])
-        fitting = [(op, b) for a, op, b in self.facts if a == known]
-        operation, right = rng.choice(fitting)
+        beyond = rng.random() < 0.15
+        choices = [(op, b) for a, op, b in (self.beyond if beyond else self.facts) if a == known]
+        operation, right = rng.choice(choices)
         said = f"and {operation} {NUMBERS[right]}"
         return Dialogue((first, Turn(said, answer_to_sum(known, operation, right))))
 
@@ -161,18 +177,11 @@ class Domain:
         words = " ".join(rng.choices(THINGS, k=rng.choice((1, 2, 2, 3, 3, 4, 4))))
         return Turn(f"{rng.choice(REQUESTS)} {words}", sentence(words))
 
-    def other(self, rng: random.Random) -> Turn:
-        if rng.random() < 0.3:
-            return self.too_large(rng)
-        return Turn(f"{rng.choice(OTHER_OPENINGS)} {rng.choice(OTHER_ENDS)}", DO_NOT_KNOW)
-
     def too_large(self, rng: random.Random) -> Turn:
-        span = range(len(NUMBERS))
-        while True:
-            left, operation, right = rng.choice(span), rng.choice(OPERATIONS), rng.choice(span)
-            if compute(left, operation, right) is None:
-                said = f"{rng.choice(QUESTIONS)} {NUMBERS[left]} {operation} {NUMBERS[right]}"
-                return Turn(said, DO_NOT_KNOW)
+        return question(rng.choice(self.beyond), rng)
+
+    def other(self, rng: random.Random) -> Turn:
+        return Turn(f"{rng.choice(OTHER_OPENINGS)} {rng.choice(OTHER_ENDS)}", DO_NOT_KNOW)
 
 
 def with_history(count: int, rng: random.Random) -> list[list[int]]:

@@ -11,11 +11,19 @@ import numpy as np
 
 from omnispeech.audio.io import encode_wav
 from training.asking import Reply, chat, read_aloud, speak_to
-from training.domain import DO_NOT_KNOW, QUESTIONS, SPOKEN, Turn, sentence
+from training.domain import DO_NOT_KNOW, QUESTIONS, SPOKEN, Turn, beyond, question, sentence
 from training.recordings import HEARD_HZ, Clip, Recordings
 
 SILENCE_S = 0.2  # around a question
-COUNTS = {"typed": 200, "spoken": 200, "second": 100, "third": 60, "told": 60, "other": 100}
+COUNTS = {
+    "typed": 200,
+    "beyond": 150,
+    "spoken": 200,
+    "second": 100,
+    "third": 60,
+    "told": 60,
+    "other": 100,
+}
 READ = 60  # answers, and as many texts of any words
 # As people write them who use a server like this; none was trained on.
 OTHER_CHARACTERS = (
@@ -47,8 +55,14 @@ class Question:
 
 
 def typed(heard: Recordings) -> list[Question]:
-    turns = [dialogue[0][0] for dialogue in heard.dialogues[: COUNTS["typed"]]]
-    return [Question(t.question, t.answer, partial(chat, [user(t.question)])) for t in turns]
+    return [typed_question(turn) for (turn, _), *_ in heard.dialogues[: COUNTS["typed"]]]
+
+
+def sums_beyond() -> list[Question]:
+    """Typed sums whose result is no number of the model: it does not know them."""
+    rng = random.Random("sums beyond")
+    turns = [question(each, rng) for each in rng.sample(beyond(), COUNTS["beyond"])]
+    return [typed_question(turn) for turn in turns]
 
 
 def spoken(heard: Recordings, count: int) -> list[Question]:
@@ -92,6 +106,10 @@ def words_to_read() -> list[Question]:
 
 def reading(text: str) -> Question:
     return Question(text, text, partial(read_aloud, text))
+
+
+def typed_question(turn: Turn) -> Question:
+    return Question(turn.question, turn.answer, partial(chat, [user(turn.question)]))
 
 
 def talk(heard: Recordings, dialogue: list[Said], system: str | None = None) -> Question:

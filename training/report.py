@@ -124,7 +124,11 @@ class Reporter:
             logger.info("%s", name)
             return self.ask(address, asked, expected)
 
-        rows = {"typed questions": self.row(ask("typed questions", questions.typed(held)))}
+        written = {
+            "typed questions": questions.typed(held),
+            "typed sums beyond its numbers": questions.sums_beyond(),
+        }
+        rows = {name: self.row(ask(name, those)) for name, those in written.items()}
         spoken = ask(SPOKEN, questions.spoken(held, COUNTS["spoken"]))
         rows[SPOKEN] = self.row(spoken)
         for kind in ("sums", "repetitions", "unknown"):
