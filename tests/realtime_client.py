@@ -116,6 +116,13 @@ class RealtimeClient:
         await self.send("input_audio_buffer.commit")
         return (await self.until("conversation.item.done"))["item"]
 
+    async def write(self, text: str) -> Event:
+        """The same in writing."""
+        part = {"type": "input_text", "text": text}
+        item = {"type": "message", "role": "user", "content": [part]}
+        await self.send("conversation.item.create", item=item)
+        return (await self.until("conversation.item.done"))["item"]
+
     async def reply(self, **response: Any) -> Event:
         """The whole of one: its response.done."""
         await self.send("response.create", **({"response": response} if response else {}))

@@ -325,6 +325,21 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers() -> None
     assert conversations(context_length=length + 1).open(long, print).rules.text_limit == 1
 
 
+@pytest.mark.parametrize(("wanted", "least"), [(10, 10), (500, 50)])
+def test_a_prompt_that_can_be_shortened_leaves_room_for_the_reply(wanted: int, least: int) -> None:
+    """For what is wanted, and at most a quarter of the context."""
+    engine = conversations(context_length=200)
+    length = engine.open(question(), print).prompt_length
+    fits = question("How are you?" + "i" * (200 - least - length), max_new_tokens=wanted)
+    assert engine.open(fits, print).prompt_length == 200 - least
+    longer = question("How are you?" + "i" * (201 - least - length), max_new_tokens=wanted)
+    assert engine.open(longer, print).rules.text_limit == min(wanted, least - 1)
+    engine.open(replace(fits, can_shorten=True), print)
+    with pytest.raises(PromptTooLong) as refused:
+        engine.open(replace(longer, can_shorten=True), print)
+    assert (refused.value.positions, refused.value.room) == (201 - least, 200 - least)
+
+
 @pytest.mark.parametrize("parts", [Text("hi"), question().messages[0].content[1]])
 def test_b14_too_many_messages_are_refused_before_their_sound_is_heard(
     parts: Text | Audio, monkeypatch: pytest.MonkeyPatch

@@ -396,6 +396,24 @@ async def test_without_truncation_a_long_conversation_fails_with_its_code() -> N
         await client.say()
         response = await client.reply()
     assert response["status_details"]["error"]["code"] == "context_length_exceeded"
+    assert [request.can_shorten for request in engine.requests] == [False]
+
+
+async def test_what_cannot_be_shortened_is_answered_in_the_room_there_is() -> None:
+    class Tight(FakeEngine):
+        async def answer(self, request: TurnRequest) -> AsyncGenerator[Event, None]:
+            if request.can_shorten:
+                self.requests.append(request)
+                raise PromptTooLong("too long", positions=900, room=600)
+            async for event in super().answer(request):
+                yield event
+
+    engine = Tight(*STOP)
+    async with talking(engine) as client:
+        await client.begin(**MANUAL)
+        await client.say()
+        assert (await client.reply())["status"] == "completed"
+    assert [request.can_shorten for request in engine.requests] == [True, False]
 
 
 async def test_nothing_to_answer_is_refused() -> None:

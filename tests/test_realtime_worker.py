@@ -117,6 +117,21 @@ async def test_two_conversations_talk_at_once(worker: Worker) -> None:
     await free(worker)
 
 
+async def test_a_talk_at_the_end_of_its_context_leaves_room_for_whole_replies(
+    worker: Worker,
+) -> None:
+    """The oldest turns go before a reply has to break off."""
+    text = {"output_modalities": ["text"], "max_output_tokens": 100}
+    with serving(worker) as url:
+        async with connected(url) as client:
+            await client.begin(**MANUAL, **text)
+            lengths = []
+            for _ in range(14):
+                await client.write("How are you? " * 4)
+                lengths.append((await client.reply())["usage"]["output_tokens"])
+    assert lengths == [100] * 14
+
+
 @pytest.fixture
 def calling() -> Iterator[Worker]:
     """The same model with a chat template that has a place for functions."""

@@ -57,11 +57,8 @@ async def test_a_talk_longer_than_the_context_of_the_model_stays_right(url: str)
     async with connected(url) as client:
         await client.begin()
         for number, word in enumerate(NUMBERS[:18]):
-            asked = {"type": "input_text", "text": f"what is {word} plus two"}
-            item = {"type": "message", "role": "user", "content": [asked]}
-            await client.send("conversation.item.create", item=item)
-            await client.send("response.create", response={"output_modalities": ["text"]})
-            [said] = (await client.until("response.done"))["response"]["output"]
+            await client.write(f"what is {word} plus two")
+            [said] = (await client.reply(output_modalities=["text"]))["output"]
             right = f"{word} plus two is {NUMBERS[number + 2]}.".capitalize()
             assert said["content"][0]["text"] == right
 

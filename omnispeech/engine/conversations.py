@@ -180,14 +180,21 @@ class Conversations:
                 f"{limit} at once, or start the server with larger max_new_tokens"
             )
         room = self.context_length - prompt_length
-        if room < max(1, len(script)):
+        least = len(script) or self._least_room(request)
+        if room < least:
             raise PromptTooLong(
                 f"the prompt has {prompt_length} positions, the context has "
                 f"{self.context_length}; send a shorter conversation{self._way_to_more}",
                 positions=prompt_length,
-                room=self.context_length - max(1, len(script)),
+                room=self.context_length - least,
             )
         return len(script) or min(request.max_new_tokens, limit, room)
+
+    def _least_room(self, request: TurnRequest) -> int:
+        """A reply that breaks off is worth less than the oldest turns of a long conversation."""
+        if not request.can_shorten:
+            return 1
+        return min(request.max_new_tokens, self.config.max_new_tokens, self.context_length // 4)
 
     @property
     def _way_to_more(self) -> str:

@@ -97,6 +97,7 @@ class TurnRequest:
     top_p: float = 1.0
     speech_temperature: float = 1.0
     seed: int | None = None  # None: drawn at random, told in Done
+    can_shorten: bool = False  # a prompt that leaves the reply little room is refused as too long
 
     def __post_init__(self) -> None:
         if not self.messages:

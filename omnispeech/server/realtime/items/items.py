@@ -159,7 +159,7 @@ class Items:
     def shorten(self, exc: PromptTooLong, truncation: Truncation, instructions: str = "") -> bool:
         """Leaves out the oldest turns for good. False: there is none that may go."""
         preface, found = turns([item for item in self if item.id not in self._unread])
-        if truncation.kind == "disabled" or len(found) < 2:
+        if not truncation.allowed or len(found) < 2:
             return False
         too_long = 1 - truncation.kept * exc.room / exc.positions
         for turn in found[: turns_to_drop(instructions, preface, found, too_long)]:

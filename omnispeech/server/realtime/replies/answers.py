@@ -109,8 +109,13 @@ class Answers:
         settings: ResponseSettings,
         chosen: tuple[Item, ...] | None = None,
         also: tuple[Item, ...] = (),
+        *,
+        can_shorten: bool = True,
     ) -> TurnRequest:
-        """also: what comes after the conversation. Raises ProtocolError if there is nothing."""
+        """also: what comes after the conversation. can_shorten: if the settings allow it.
+
+        Raises ProtocolError if there is nothing.
+        """
         messages = self._conversation.items.messages(settings.instructions, chosen, also)
         if not messages:
             raise nothing_to_answer() if chosen is None else nothing_in_input()
@@ -120,6 +125,7 @@ class Answers:
             tools=settings.tools,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
+            can_shorten=can_shorten and chosen is None and settings.truncation.allowed,
         )
 
     def begin_guess(self, guess: Guess, settings: ResponseSettings) -> BegunTurn:
@@ -166,7 +172,9 @@ class Answers:
         settings: ResponseSettings,
         answers_conversation: Callable[[], bool],
     ) -> AsyncGenerator[Event, None]:
-        """The conversation is shortened until it fits, if the settings allow it."""
+        """The conversation is shortened until it fits and leaves room for the reply, if the
+        settings allow it; at last the reply has the room there is."""
+        can_shorten = settings.truncation.allowed
         while True:
             try:
                 async with aclosing(events):
@@ -174,9 +182,10 @@ class Answers:
                         yield event
                 return
             except PromptTooLong as exc:
-                if not answers_conversation() or not self._shorten(exc, settings):
+                if not can_shorten or not answers_conversation():
                     raise
-                events = self._engine.answer(self.request(settings))
+                can_shorten = self._shorten(exc, settings)
+                events = self._engine.answer(self.request(settings, can_shorten=can_shorten))
 
     def _shorten(self, exc: PromptTooLong, settings: ResponseSettings) -> bool:
         """False: nothing may be left out."""

@@ -51,6 +51,10 @@ class Truncation:
     ratio: float = 1.0  # of a retention_ratio
 
     @property
+    def allowed(self) -> bool:
+        return self.kind != "disabled"
+
+    @property
     def kept(self) -> float:
         """Share of the room that is filled again when something has to go: where it is all, each
         turn to come drops one more, and nothing that was read can be used again."""
