@@ -10,13 +10,12 @@ it was made, by a clock that the processes of one machine share.
 import argparse
 import asyncio
 import multiprocessing
-import socket
 import statistics
 import struct
 import sys
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from benchmarks.hardware import hardware, say
 from omnispeech.commands.scale import prepare_environment
 from omnispeech.config import ScaleConfig, ServerConfig
 from omnispeech.engine.events import AudioDelta, Done, EngineStatus, Event, TurnRequest
+from omnispeech.once import free_port
 from omnispeech.server.app import create_app
 from omnispeech.service import settings_of
 
@@ -167,12 +167,6 @@ def served_plainly(port: int) -> Iterator[None]:
     finally:
         process.terminate()
         process.join()
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as door:
-        door.bind(("127.0.0.1", 0))
-        return int(door.getsockname()[1])
 
 
 COLUMNS = (

@@ -268,6 +268,13 @@ def _carry(source: socket.socket, target: socket.socket) -> None:
 
 
 @contextmanager
+def visiting_by_line(browsers: Browsers, server: str) -> Iterator[tuple[Line, Visit]]:
+    """The page, and the line between it and its server."""
+    with line_to(server) as line, browsers.visiting(line.url) as visit:
+        yield line, visit
+
+
+@contextmanager
 def line_to(url: str) -> Iterator[Line]:
     line = Line(url)
     try:

@@ -25,6 +25,7 @@ from fake_engine import DONE, FakeEngine, call
 from omnispeech.config import ServerConfig
 from omnispeech.engine.events import EngineStatus, TextDelta
 from omnispeech.errors import ConfigError
+from omnispeech.once import free_port
 from omnispeech.server.controller import BEAT_S, Registration, retry_pause_s
 from omnispeech.server.worker_api import WorkerStatus
 
@@ -483,11 +484,6 @@ async def test_status_names_no_model_until_there_is_one() -> None:
     engine = FakeEngine(status=EngineStatus(ready=False))
     response = await call(engine, "POST", "/worker_get_status")
     assert response.json() == {"model_names": [], "speed": 1, "queue_length": 0}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as door:
-        return int(door.getsockname()[1])
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from page_browser import (
     QUESTION,
     Browsers,
     browsers_hearing,
-    line_to,
     needs_browser,
+    visiting_by_line,
     write_microphone,
 )
 
@@ -252,11 +252,7 @@ def test_a_lost_connection_is_taken_up_again_in_the_middle_of_a_question(
     browsers: Browsers,
 ) -> None:
     engine = speaker("here")
-    with (
-        serving(engine) as server,
-        line_to(server) as line,
-        browsers.visiting(line.url) as visit,
-    ):
+    with serving(engine) as server, visiting_by_line(browsers, server) as (line, visit):
         visit.start()
         visit.waits_for("ready")
         visit.page.locator("h1").click()
@@ -281,8 +277,7 @@ def test_a_lost_connection_is_taken_up_again_in_the_middle_of_a_question(
 def test_a_conversation_that_the_server_forgot_begins_anew_and_says_so(browsers: Browsers) -> None:
     with (
         serving(speaker("here"), TalkConfig(resume_s=0)) as server,
-        line_to(server) as line,
-        browsers.visiting(line.url) as visit,
+        visiting_by_line(browsers, server) as (line, visit),
     ):
         visit.start()
         visit.waits_for("ready")
@@ -337,7 +332,7 @@ def test_where_browsers_allow_no_sound_the_page_says_so_at_once(
 def test_a_server_that_went_before_the_first_press_can_be_tried_again(
     browsers: Browsers, url: str
 ) -> None:
-    with line_to(url) as line, browsers.visiting(line.url) as visit:
+    with visiting_by_line(browsers, url) as (line, visit):
         line.cut()
         visit.start()
         assert visit.notice() == "unreachable"

@@ -1,6 +1,7 @@
 """The page and its sound devices: chosen, kept, gone, and back again."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -59,9 +60,23 @@ def url() -> Iterator[str]:
         yield url
 
 
-def watched(visit: Visit) -> None:
-    visit.page.add_init_script(WATCHING)
-    visit.page.reload()
+@contextmanager
+def watching(browsers: Browsers, url: str) -> Iterator[Visit]:
+    """The page, seen from inside."""
+    with browsers.visiting(url) as visit:
+        visit.page.add_init_script(WATCHING)
+        visit.page.reload()
+        yield visit
+
+
+def opens(visit: Visit, how: str) -> None:
+    """A microphone, from now on: a function of what is wanted; `open` is the usual way."""
+    visit.page.evaluate(
+        f"""() => {{
+          const open = navigator.mediaDevices.getUserMedia;
+          navigator.mediaDevices.getUserMedia = {how};
+        }}"""
+    )
 
 
 def listing(visit: Visit, name: str) -> Any:
@@ -104,8 +119,7 @@ def hide(visit: Visit, part: str) -> None:
 @needs_browser
 def test_another_microphone_is_heard_at_once_and_the_talk_goes_on(browsers: Browsers) -> None:
     engine = speaker("one")
-    with serving(engine) as url, browsers.visiting(url) as visit:
-        watched(visit)
+    with serving(engine) as url, watching(browsers, url) as visit:
         visit.start()
         visit.waits_for("ready")
         hears(visit, DEFAULT)
@@ -126,9 +140,8 @@ def test_another_microphone_is_heard_at_once_and_the_talk_goes_on(browsers: Brow
 def test_another_loudspeaker_plays_at_once_and_the_talk_goes_on(browsers: Browsers) -> None:
     with (
         serving(speaker(*["word"] * 6)) as url,
-        browsers.visiting(url) as visit,
+        watching(browsers, url) as visit,
     ):
-        watched(visit)
         visit.types("hello")
         visit.waits_for("answering")
         assert visit.page.evaluate("sinks") == []
@@ -142,8 +155,7 @@ def test_another_loudspeaker_plays_at_once_and_the_talk_goes_on(browsers: Browse
 
 @needs_browser
 def test_chosen_devices_are_kept_until_the_next_visit(browsers: Browsers, url: str) -> None:
-    with browsers.visiting(url) as visit:
-        watched(visit)
+    with watching(browsers, url) as visit:
         choose(visit, "Microphone", SECOND)
         choose(visit, "Loudspeaker", LOUD)
         visit.page.reload()
@@ -183,8 +195,7 @@ def test_a_chosen_microphone_that_goes_is_replaced_and_taken_again_when_it_is_ba
     browsers: Browsers,
 ) -> None:
     engine = speaker("one")
-    with serving(engine) as url, browsers.visiting(url) as visit:
-        watched(visit)
+    with serving(engine) as url, watching(browsers, url) as visit:
         visit.start()
         visit.waits_for("ready")
         choose(visit, "Microphone", SECOND)
@@ -208,8 +219,7 @@ def test_a_chosen_microphone_that_goes_is_replaced_and_taken_again_when_it_is_ba
 def test_a_microphone_that_breaks_off_is_replaced_by_the_default_one(
     browsers: Browsers, url: str
 ) -> None:
-    with browsers.visiting(url) as visit:
-        watched(visit)
+    with watching(browsers, url) as visit:
         visit.start()
         visit.waits_for("ready")
         choose(visit, "Microphone", SECOND)
@@ -236,8 +246,7 @@ def test_a_microphone_that_breaks_off_is_replaced_by_the_default_one(
 def test_devices_that_are_gone_at_the_next_visit_are_named_and_not_forgotten(
     browsers: Browsers, url: str
 ) -> None:
-    with browsers.visiting(url) as visit:
-        watched(visit)
+    with watching(browsers, url) as visit:
         choose(visit, "Microphone", SECOND)
         choose(visit, "Loudspeaker", LOUD)
         hide(visit, "put 2")
@@ -256,8 +265,7 @@ def test_devices_that_are_gone_at_the_next_visit_are_named_and_not_forgotten(
 
 @needs_browser
 def test_a_loudspeaker_that_cannot_be_used_is_told_of(browsers: Browsers, url: str) -> None:
-    with browsers.visiting(url) as visit:
-        watched(visit)
+    with watching(browsers, url) as visit:
         visit.types("hello")
         visit.waits_for("typing")
         visit.page.evaluate("window.gone = 'all sinks'")
@@ -270,16 +278,13 @@ def test_a_loudspeaker_that_cannot_be_used_is_told_of(browsers: Browsers, url: s
 def test_a_microphone_that_can_be_opened_ends_the_notice_about_one_that_cannot(
     browsers: Browsers, url: str
 ) -> None:
-    with browsers.visiting(url) as visit:
-        watched(visit)
-        visit.page.evaluate(
-            """() => {
-              const open = navigator.mediaDevices.getUserMedia;
-              navigator.mediaDevices.getUserMedia = (wanted) => {
-                if (wanted.audio.deviceId) return open(wanted);
-                return Promise.reject(new DOMException("in use", "NotReadableError"));
-              };
-            }"""
+    with watching(browsers, url) as visit:
+        opens(
+            visit,
+            """(wanted) => {
+              if (wanted.audio.deviceId) return open(wanted);
+              return Promise.reject(new DOMException("in use", "NotReadableError"));
+            }""",
         )
         visit.start()
         assert visit.notice() == "busy"
@@ -292,17 +297,14 @@ def test_a_microphone_that_can_be_opened_ends_the_notice_about_one_that_cannot(
 def test_a_microphone_that_is_chosen_while_another_is_opened_is_the_one(
     browsers: Browsers, url: str
 ) -> None:
-    with browsers.visiting(url) as visit:
-        watched(visit)
-        visit.page.evaluate(
-            """() => {
-              const open = navigator.mediaDevices.getUserMedia;
-              navigator.mediaDevices.getUserMedia = async (wanted) => {
-                const allowed = new Promise((resolve) => (window.allow = resolve));
-                if (!wanted.audio.deviceId) await allowed;
-                return open(wanted);
-              };
-            }"""
+    with watching(browsers, url) as visit:
+        opens(
+            visit,
+            """async (wanted) => {
+              const allowed = new Promise((resolve) => (window.allow = resolve));
+              if (!wanted.audio.deviceId) await allowed;
+              return open(wanted);
+            }""",
         )
         visit.start()
         visit.waits_for("asking")
@@ -316,18 +318,15 @@ def test_a_microphone_that_is_chosen_while_another_is_opened_is_the_one(
 def test_a_microphone_that_is_chosen_while_another_cannot_be_opened_is_the_one(
     browsers: Browsers, url: str
 ) -> None:
-    with browsers.visiting(url) as visit:
-        watched(visit)
-        visit.page.evaluate(
-            """() => {
-              const open = navigator.mediaDevices.getUserMedia;
-              navigator.mediaDevices.getUserMedia = (wanted) => {
-                if (wanted.audio.deviceId) return open(wanted);
-                return new Promise((_, refuse) => {
-                  window.refuse = () => refuse(new DOMException("in use", "NotReadableError"));
-                });
-              };
-            }"""
+    with watching(browsers, url) as visit:
+        opens(
+            visit,
+            """(wanted) => {
+              if (wanted.audio.deviceId) return open(wanted);
+              return new Promise((_, refuse) => {
+                window.refuse = () => refuse(new DOMException("in use", "NotReadableError"));
+              });
+            }""",
         )
         visit.start()
         visit.waits_for("asking")
@@ -358,22 +357,19 @@ def test_a_hostile_name_of_a_device_is_a_text(browsers: Browsers, url: str) -> N
 def test_a_microphone_that_breaks_off_whenever_it_is_opened_is_told_of_and_left_alone(
     browsers: Browsers, url: str
 ) -> None:
-    with browsers.visiting(url) as visit:
-        watched(visit)
-        visit.page.evaluate(
-            """() => {
-              const open = navigator.mediaDevices.getUserMedia;
-              navigator.mediaDevices.getUserMedia = async (wanted) => {
-                const stream = await open(wanted);
-                const [track] = stream.getTracks();
-                setTimeout(() => {
-                  if (!wanted.audio.deviceId) return;
-                  track.stop();
-                  track.dispatchEvent(new Event("ended"));
-                }, 200);
-                return stream;
-              };
-            }"""
+    with watching(browsers, url) as visit:
+        opens(
+            visit,
+            """async (wanted) => {
+              const stream = await open(wanted);
+              const [track] = stream.getTracks();
+              setTimeout(() => {
+                if (!wanted.audio.deviceId) return;
+                track.stop();
+                track.dispatchEvent(new Event("ended"));
+              }, 200);
+              return stream;
+            }""",
         )
         visit.start()
         visit.waits_for("ready")
@@ -393,17 +389,14 @@ def test_a_microphone_that_breaks_off_whenever_it_is_opened_is_told_of_and_left_
 def test_a_microphone_that_has_ended_before_it_is_heard_is_not_one(
     browsers: Browsers, url: str
 ) -> None:
-    with browsers.visiting(url) as visit:
-        watched(visit)
-        visit.page.evaluate(
-            """() => {
-              const open = navigator.mediaDevices.getUserMedia;
-              navigator.mediaDevices.getUserMedia = async (wanted) => {
-                const stream = await open(wanted);
-                for (const track of stream.getTracks()) track.stop();
-                return stream;
-              };
-            }"""
+    with watching(browsers, url) as visit:
+        opens(
+            visit,
+            """async (wanted) => {
+              const stream = await open(wanted);
+              for (const track of stream.getTracks()) track.stop();
+              return stream;
+            }""",
         )
         visit.start()
         assert visit.notice() == "busy"
@@ -414,8 +407,7 @@ def test_a_microphone_that_has_ended_before_it_is_heard_is_not_one(
 def test_a_microphone_that_cannot_be_listened_to_is_given_back(
     browsers: Browsers, url: str
 ) -> None:
-    with browsers.visiting(url) as visit:
-        watched(visit)
+    with watching(browsers, url) as visit:
         visit.page.evaluate(
             """() => {
               const add = AudioWorklet.prototype.addModule;
@@ -435,8 +427,7 @@ def test_a_microphone_that_cannot_be_listened_to_is_given_back(
 @needs_vad
 @pytest.mark.parametrize("how", ["lost", "muted"])
 def test_a_question_ends_with_the_microphone(browsers: Browsers, url: str, how: str) -> None:
-    with browsers.visiting(url) as visit:
-        watched(visit)
+    with watching(browsers, url) as visit:
         visit.page.locator("input[name=silence]").fill("2000")
         visit.start("hands-free")
         visit.waits_for("hearing")
@@ -453,8 +444,7 @@ def test_a_question_ends_with_the_microphone(browsers: Browsers, url: str, how: 
 def test_devices_are_not_gone_because_the_browser_names_them_no_more(
     browsers: Browsers, url: str
 ) -> None:
-    with browsers.visiting(url) as visit:
-        watched(visit)
+    with watching(browsers, url) as visit:
         choose(visit, "Microphone", SECOND)
         visit.page.context.clear_permissions()
         hide(visit, "")
@@ -476,8 +466,7 @@ def test_a_browser_that_lists_no_devices_has_the_default_ones(browsers: Browsers
 
 @needs_browser
 def test_of_two_lists_of_devices_the_later_one_counts(browsers: Browsers, url: str) -> None:
-    with browsers.visiting(url) as visit:
-        watched(visit)
+    with watching(browsers, url) as visit:
         listing(visit, "Microphone").get_by_text(FIRST).wait_for(state="attached")
         visit.page.evaluate(
             """async () => {

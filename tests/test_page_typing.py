@@ -14,8 +14,8 @@ from page_browser import (
     Browsers,
     Visit,
     browsers_hearing,
-    line_to,
     needs_browser,
+    visiting_by_line,
     write_microphone,
 )
 from test_page import HOSTILE, KEY, PHONE, hum, speaker
@@ -321,8 +321,7 @@ def test_what_could_not_be_sent_stays_in_the_field(browsers: Browsers, tmp_path:
     engine = speaker("one")
     with (
         serving(engine, access=access) as server,
-        line_to(server) as line,
-        browsers.visiting(line.url) as visit,
+        visiting_by_line(browsers, server) as (line, visit),
     ):
         line.cut()
         visit.types("hello")
@@ -347,11 +346,7 @@ def test_what_is_typed_while_the_connection_is_lost_is_sent_when_it_is_back(
     browsers: Browsers,
 ) -> None:
     engine = speaker("one")
-    with (
-        serving(engine) as server,
-        line_to(server) as line,
-        browsers.visiting(line.url) as visit,
-    ):
+    with serving(engine) as server, visiting_by_line(browsers, server) as (line, visit):
         visit.types("first")
         visit.until("response.done")
         visit.waits_for("typing")
@@ -371,11 +366,7 @@ def test_what_is_typed_while_the_connection_is_lost_is_sent_when_it_is_back(
 
 @needs_browser
 def test_what_waits_for_a_connection_that_is_given_up_can_be_changed(browsers: Browsers) -> None:
-    with (
-        serving(FakeEngine()) as server,
-        line_to(server) as line,
-        browsers.visiting(line.url) as visit,
-    ):
+    with serving(FakeEngine()) as server, visiting_by_line(browsers, server) as (line, visit):
         visit.types("first")
         visit.waits_for("typing")
         line.cut()
@@ -433,11 +424,7 @@ def test_a_question_whose_taking_was_never_heard_of_leaves_the_next_one_its_answ
 ) -> None:
     engine = speaker("one")
     ways: list[Held] = []
-    with (
-        serving(engine) as server,
-        line_to(server) as line,
-        browsers.visiting(line.url) as visit,
-    ):
+    with serving(engine) as server, visiting_by_line(browsers, server) as (line, visit):
         visit.page.route_web_socket(re.compile("/v1/realtime"), lambda ws: ways.append(Held(ws)))
         visit.start()
         visit.waits_for("ready")
@@ -465,11 +452,7 @@ def test_a_question_that_was_about_to_be_sent_when_the_connection_was_lost_is_an
       MessagePort.prototype.postMessage = function (message, ...more) {
         setTimeout(() => post.call(this, message, ...more), message.type === "stop" ? 700 : 0);
       };"""
-    with (
-        serving(engine) as server,
-        line_to(server) as line,
-        browsers.visiting(line.url) as visit,
-    ):
+    with serving(engine) as server, visiting_by_line(browsers, server) as (line, visit):
         visit.page.add_init_script(slow)
         visit.page.reload()
         visit.types("first")
@@ -527,11 +510,7 @@ def test_a_reply_that_the_end_of_a_talk_broke_off_is_over_in_the_next_one(
 @needs_browser
 def test_what_was_read_of_a_reply_without_sound_is_not_struck_out(browsers: Browsers) -> None:
     engine = FakeEngine(TextDelta("one two "), threading.Event(), DONE)
-    with (
-        serving(engine) as server,
-        line_to(server) as line,
-        browsers.visiting(line.url) as visit,
-    ):
+    with serving(engine) as server, visiting_by_line(browsers, server) as (line, visit):
         visit.page.locator("select[name=modality]").select_option("text")
         visit.types("hello")
         visit.page.get_by_text("one two").wait_for()

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from omnispeech.cli import main
 from omnispeech.config import EngineConfig, PlaceConfig, ScaleConfig, ServerConfig
 from omnispeech.config_reader import build_config, check_names
 from omnispeech.errors import ConfigError, GenerationError, OmniSpeechError
+from omnispeech.once import free_port
 from omnispeech.server.app import create_app
 from omnispeech.server.one_of_many import Answer, OneOfMany
 from omnispeech.service import settings_of
@@ -397,13 +397,6 @@ def named(metrics: str) -> set[str]:
     """The replicas whose samples these are."""
     families = text_string_to_metric_families(metrics)
     return {sample.labels["replica"] for family in families for sample in family.samples}
-
-
-def free_port() -> int:
-    with socket.socket() as door:
-        door.bind(("127.0.0.1", 0))
-        port: int = door.getsockname()[1]
-        return port
 
 
 @pytest.fixture

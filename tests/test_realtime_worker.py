@@ -8,11 +8,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from golden_models import golden_models, golden_worker, ready
+from golden_models import golden_models, golden_worker
 from realtime_client import MANUAL, Loudness, RealtimeClient, connected, noise, serving, silence
 from test_tool_calls import prompts
 
-from omnispeech.config import DecoderConfig, EngineConfig, TalkConfig
+from omnispeech.config import TalkConfig
 from omnispeech.engine.runner import Models
 from omnispeech.engine.worker import Worker
 
@@ -140,8 +140,7 @@ def calling() -> Iterator[Worker]:
         models = golden_models()
         return replace(models, language=replace(models.language, prompt=prompts()))
 
-    settings = EngineConfig(kv_tokens=4096, context_length=1000)
-    with ready(Worker(load, settings, DecoderConfig(euler_steps=1, first_block=10))) as one:
+    with golden_worker(load, kv_tokens=4096, context_length=1000) as one:
         yield one
 
 

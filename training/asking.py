@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from omnispeech.audio.encoders import RATE_HZ as OPENAI_HZ
 from omnispeech.client import Sampling, ask, posted
 from omnispeech.errors import OmniSpeechError
+from omnispeech.once import free_port
 
 READY_S = 240.0
 PAUSE_S = 0.5
@@ -49,7 +49,7 @@ def server(models: Path, threads: int, log: Path) -> Iterator[str]:
     """
     with TemporaryDirectory() as directory, log.open("wb") as told:
         shutil.copytree(models, directory, dirs_exist_ok=True)
-        port = _free_port()
+        port = free_port()
         default = {k: v for k, v in os.environ.items() if not k.startswith("OMNISPEECH_")}
         start = "from omnispeech.cli import main; raise SystemExit(main())"
         process = subprocess.Popen(
@@ -67,12 +67,6 @@ def server(models: Path, threads: int, log: Path) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def _wait(process: subprocess.Popen[bytes], address: str, log: Path) -> None:

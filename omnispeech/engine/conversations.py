@@ -180,7 +180,8 @@ class Conversations:
                 f"{limit} at once, or start the server with larger max_new_tokens"
             )
         room = self.context_length - prompt_length
-        least = len(script) or self._least_room(request)
+        wanted = len(script) or min(request.max_new_tokens, limit)
+        least = len(script) or self._least_room(wanted, request)
         if room < least:
             raise PromptTooLong(
                 f"the prompt has {prompt_length} positions, the context has "
@@ -188,13 +189,11 @@ class Conversations:
                 positions=prompt_length,
                 room=self.context_length - least,
             )
-        return len(script) or min(request.max_new_tokens, limit, room)
+        return min(wanted, room)
 
-    def _least_room(self, request: TurnRequest) -> int:
+    def _least_room(self, wanted: int, request: TurnRequest) -> int:
         """A reply that breaks off is worth less than the oldest turns of a long conversation."""
-        if not request.can_shorten:
-            return 1
-        return min(request.max_new_tokens, self.config.max_new_tokens, self.context_length // 4)
+        return min(wanted, self.context_length // 4) if request.can_shorten else 1
 
     @property
     def _way_to_more(self) -> str:

@@ -210,9 +210,8 @@ class SessionSettings(ReplySettings):
 
     def _unsupported(self) -> dict[str, str]:
         of_model = {UNABLE[name]: reason for name, reason in self.unable.items()}
-        if self.may_transcribe:
-            return UNSUPPORTED | of_model
-        return UNSUPPORTED | of_model | {"audio.input.transcription": NO_TRANSCRIPTION}
+        deaf = {} if self.may_transcribe else {"audio.input.transcription": NO_TRANSCRIPTION}
+        return UNSUPPORTED | of_model | deaf
 
     def _session_readers(self) -> dict[str, Reader]:
         transcribe = transcription(self.may_transcribe)
